@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 
 from prime_jax.errors import PredictorError
 from prime_jax.frozen import Frozen
+from prime_jax.models.residual import gated, query_with_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.masks import ContextAttention, attention_mask, positions
@@ -148,7 +149,11 @@ class EmbeddingPredictor(nnx.Module):
         delta = self.output_proj(self.norm(pred))
         if self.config.residual == "none":
             return unit(delta)
-        return unit(self._base(context, query, context_mask, turns) + self._capped(delta))
+        base = query
+        if self.config.residual == "copy":
+            content = turns @ self.copy_content[...]
+            base = query_with_turns(query, context, context_mask, self.copy_age[...], content)
+        return unit(base + gated(delta, self.residual_gate[...], self.config.max_delta))
 
     def num_params(self) -> int:
         """Number of trained numbers."""
@@ -175,28 +180,6 @@ class EmbeddingPredictor(nnx.Module):
             turns = x[:, 1:-1]
             x = _apply(layer, x, mask, key, rows=1 if index == last else None, remat=remat)
         return x[:, 0], turns
-
-    def _base(
-        self,
-        context: Float[Array, "B N D"],
-        query: Float[Array, "B D"],
-        context_mask: Bool[Array, "B N"],
-        turns: Float[Array, "B N H"],
-    ) -> Float[Array, "B D"]:
-        """What the prediction is added to: the query, or query plus a learned mix of the turns."""
-        if self.config.residual == "query":
-            return query
-        age = jnp.sum(context_mask, axis=1, keepdims=True) - jnp.cumsum(context_mask, axis=1)
-        logits = self.copy_age[...][age] + turns @ self.copy_content[...]
-        weights = jnp.where(context_mask, jax.nn.softplus(logits), 0.0)
-        return query + jnp.einsum("bn,bnd->bd", weights, context)
-
-    def _capped(self, delta: Float[Array, "B E"]) -> Float[Array, "B E"]:
-        delta = self.residual_gate[...] * delta
-        if self.config.max_delta is None:
-            return delta
-        squared = jnp.sum(delta * delta, axis=-1, keepdims=True)
-        return delta * jnp.minimum(1.0, self.config.max_delta / jnp.sqrt(jnp.maximum(squared, 1e-24)))
 
     def _check(self, context: Any, query: Any, context_mask: Any) -> None:
         """Shapes only, so that it costs nothing under jit."""

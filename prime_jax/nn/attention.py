@@ -11,6 +11,39 @@ from prime_jax.nn.linear import Linear, affine, dropout, product
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
 
 
+def attend(
+    queries: Float[Array, "B R heads head_dim"],
+    keys: Float[Array, "B S heads head_dim"],
+    values: Float[Array, "B S heads head_dim"],
+    mask: Bool[Array, "B R S"],
+    dtype: DTypeLike,
+    *,
+    rate: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "B R H"]:
+    """Scaled dot-product attention, heads joined again.
+
+    Args:
+        queries: What asks, `[B, R, heads, head_dim]`.
+        keys: What is asked, `[B, S, heads, head_dim]`.
+        values: What it answers, `[B, S, heads, head_dim]`.
+        mask: True where a query may look at a key, `[B, R, S]`.
+        dtype: Compute dtype of the two products.
+        rate: Dropout of the attention weights.
+        key: Dropout key; None means no dropout.
+    """
+    logits = product("bqhd,bkhd->bhqk", queries, keys, dtype) / jnp.sqrt(jnp.float32(queries.shape[-1]))
+    logits = jnp.where(mask[:, None], logits, MASKED)
+    weights = dropout(jax.nn.softmax(logits, axis=-1), rate, key)
+    mixed = product("bhqk,bkhd->bqhd", weights, values, dtype)
+    return mixed.reshape(*mixed.shape[:2], -1)
+
+
+def split_heads(x: Float[Array, "B S H"], num_heads: int) -> Float[Array, "B S heads head_dim"]:
+    """Give every head its part of the last axis."""
+    return x.reshape(*x.shape[:2], num_heads, -1)
+
+
 class SelfAttention(nnx.Module):
     """Self-attention with the parameter layout of `torch.nn.MultiheadAttention`.
 
@@ -42,19 +75,13 @@ class SelfAttention(nnx.Module):
             key: Dropout key for the attention weights; None means no dropout.
         """
         asking = x if rows is None else x[:, :rows]
-        queries = self._heads(self._project(asking, 0))
-        keys = self._heads(self._project(x, 1))
-        values = self._heads(self._project(x, 2))
-        head_dim = self.hidden_dim // self.num_heads
-        logits = product("bqhd,bkhd->bhqk", queries, keys, self.dtype) / jnp.sqrt(jnp.float32(head_dim))
-        logits = jnp.where(mask[:, None, :rows], logits, MASKED)
-        weights = dropout(jax.nn.softmax(logits, axis=-1), self.rate, key)
-        mixed = product("bhqk,bkhd->bqhd", weights, values, self.dtype)
-        return self.out_proj(mixed.reshape(*asking.shape))
+        queries, keys, values = (
+            split_heads(self._project(tokens, part), self.num_heads)
+            for part, tokens in enumerate((asking, x, x))
+        )
+        mixed = attend(queries, keys, values, mask[:, :rows], self.dtype, rate=self.rate, key=key)
+        return self.out_proj(mixed)
 
     def _project(self, x: Float[Array, "B S H"], part: int) -> Float[Array, "B S H"]:
         columns = slice(part * self.hidden_dim, (part + 1) * self.hidden_dim)
         return affine(x, self.in_proj.kernel[...][:, columns], self.in_proj.bias[...][columns], self.dtype)
-
-    def _heads(self, x: Float[Array, "B S H"]) -> Float[Array, "B S heads head_dim"]:
-        return x.reshape(*x.shape[:2], self.num_heads, -1)

@@ -1,18 +1,19 @@
 """Prediction from Python: `prime_jax.load(run).predict(context, query)`.
 
-Requests are padded to a few fixed shapes, so that nothing is compiled twice; masks hide
-the padding. Larger batches run in chunks, and every row comes back.
+Requests are padded to a few fixed shapes, compiled ahead of time; masks hide the padding. Larger batches run
+in chunks, and every row comes back (FR-PRED-012 to 014).
 """
 
-from collections.abc import Callable, Mapping
-from functools import cached_property
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from numpy.typing import ArrayLike
 
 from prime_jax._version import __version__
@@ -20,43 +21,67 @@ from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import MANIFEST, read_json, verify_manifest
 from prime_jax.models import ModelConfig
-from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.state_dict import load_state_dict
+from prime_jax.predict.compiled import compile_ahead
+from prime_jax.predict.forward import forward
+from prime_jax.predict.inputs import Vectors, checked
+from prime_jax.predict.precision import CHOICES, EXACT, Choice, Precision, Recipe, choose
+from prime_jax.predict.session import Session
+from prime_jax.predict.session_programs import SessionPrograms
+from prime_jax.predict.weights import DType, Weights, lay_out
+from prime_jax.progress import progress
 from prime_jax.train import checkpoints
 
-SMALL_BATCHES = (1, 8)
-COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
-    "default": {},
-    "reduce-overhead": {},
-    "max-autotune": {"exec_time_optimization_effort": 1.0},
-}
-
-Vectors = np.ndarray
+BATCH_SIZES = (1, 8, 32)
+Program = Callable[..., Any]
 
 
-def load(path: str | Path) -> "Predictor":
+def load(
+    path: str | Path, *, precision: Precision = "auto", batch_sizes: Sequence[int] = BATCH_SIZES
+) -> "Predictor":
     """Open a predictor: a run folder (its best checkpoint), one checkpoint folder, or an exported bundle.
 
     Every file that is read is checked against its manifest first (SEC-PRED-001).
 
+    Args:
+        path: The folder.
+        precision: See `Predictor`.
+        batch_sizes: See `Predictor`.
+
     Raises:
         CheckpointError: If nothing usable is there, or a file is missing or damaged; the message names it.
+        PredictorError: For an unknown precision or a batch size that is none.
     """
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == "bundle":
-        return _load_bundle(folder)
-    model, config, checkpoint = checkpoints.load_model(folder)
-    return Predictor(model, config=config, facts={"source": str(checkpoint.folder), **checkpoint.facts})
+        model, config, facts = _load_bundle(folder)
+    else:
+        model, config, checkpoint = checkpoints.load_model(folder)
+        facts = {"source": str(checkpoint.folder), **checkpoint.facts}
+    return Predictor(model, config=config, facts=facts, precision=precision, batch_sizes=batch_sizes)
 
 
 class Predictor:
-    """Predicts the embeddings to search with.
+    """Predicts the embeddings to search with. Safe to share between threads.
+
+    Args:
+        model: The model, float32.
+        config: Configuration of the run it comes from, or None for a bundle or a model in memory.
+        facts: What its checkpoint says of itself, for `info`.
+        precision: `float32` is exact: a row's answer is the same in any batch, to 1e-5. `bfloat16` is faster
+            on most machines and moves predictions in the fourth digit. `auto` measures both for each batch
+            size at warm-up and takes the faster one; models under ten million parameters stay float32.
+        batch_sizes: Batches to compile for, besides the model's max_batch_size.
 
     Attributes:
         model: The model, float32.
-        config: Configuration of the run it comes from, or None for a bundle or a model in memory.
+        config: Configuration of the run it comes from, or None.
+
+    Raises:
+        PredictorError: For an unknown precision or a batch size that is none.
     """
 
     def __init__(
@@ -65,19 +90,38 @@ class Predictor:
         *,
         config: Config | None = None,
         facts: Mapping[str, Any] | None = None,
+        precision: Precision = "auto",
+        batch_sizes: Sequence[int] = BATCH_SIZES,
     ):
+        if precision not in CHOICES:
+            raise PredictorError(f"precision {precision!r} is unknown; choose from {', '.join(CHOICES)}")
+        if any(size < 1 for size in batch_sizes):
+            raise PredictorError(f"batch_sizes {list(batch_sizes)} must be 1 or more")
+        most = model.config.max_batch_size
         self.model = model
         self.config = config
         self._facts = dict(facts or {})
-        self._graph, self._params = nnx.split(model)
-        self._programs: dict[tuple[int, int], Callable[..., jax.Array]] = {}
-        if self.model.config.use_torch_compile:
+        self._precision: Precision = precision
+        self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)
+        self._weights: dict[DType, Weights] = {}
+        self._programs: dict[tuple[int, int, Recipe], Program] = {}
+        self._choices: dict[int, Choice] = {}
+        self._session_programs: dict[tuple[int, Recipe], SessionPrograms] = {}
+        self._warmup_seconds: float | None = None
+        self._preparing = threading.RLock()
+        if model.config.use_torch_compile:
             self.warmup()
 
     @classmethod
-    def from_model(cls, model: EmbeddingPredictor) -> "Predictor":
+    def from_model(
+        cls,
+        model: EmbeddingPredictor,
+        *,
+        precision: Precision = "auto",
+        batch_sizes: Sequence[int] = BATCH_SIZES,
+    ) -> "Predictor":
         """Serve a model that is already in memory."""
-        return cls(model)
+        return cls(model, precision=precision, batch_sizes=batch_sizes)
 
     def predict(self, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None) -> Vectors:
         """Predict where in the embedding space the ideal passage lies.
@@ -94,8 +138,8 @@ class Predictor:
         Raises:
             PredictorError: For a wrong shape or dtype, too many turns, NaN or Inf.
         """
-        contexts, queries, mask, single = self._checked(context, query, context_mask)
-        most = self.model.config.max_batch_size
+        contexts, queries, mask, single = checked(self.model.config, context, query, context_mask)
+        most = self._buckets[-1]
         parts = [
             self._run(
                 contexts[start : start + most], queries[start : start + most], mask[start : start + most]
@@ -106,118 +150,139 @@ class Predictor:
         answer: Vectors = rows[0] if single else rows
         return answer
 
+    def session(self, batch: int = 1, *, precision: Precision | None = None) -> Session:
+        """Start a conversation, or `batch` of them side by side, whose turns are not computed anew each time.
+
+        It pays with `context_attention: causal`; docs/serving.md says when. Everything it needs is compiled
+        here, once for each batch size.
+
+        Args:
+            batch: How many conversations advance together.
+            precision: As for the predictor; None means what was chosen for predicting batches of this size.
+
+        Raises:
+            PredictorError: If `batch` is less than 1 or `precision` unknown.
+        """
+        if batch < 1:
+            raise PredictorError(f"a session of {batch} conversations is none")
+        if precision is None:
+            nearest = next((size for size in self._buckets if size >= batch), self._buckets[-1])
+            recipe = self._choice(nearest).recipe
+        else:
+            recipe = self._choose(batch, precision).recipe
+        with self._preparing:
+            if (batch, recipe) not in self._session_programs:
+                weights = self._laid_out(recipe.dtype)
+                self._session_programs[batch, recipe] = SessionPrograms(
+                    self.model.config, weights, recipe, batch
+                )
+            return Session(self._session_programs[batch, recipe])
+
     def warmup(self) -> None:
-        """Compile every fixed shape now rather than at the first request that needs it."""
-        if self.model.config.use_static_cache:
+        """Choose precisions and compile every fixed shape now, not at the first request that needs it."""
+        if not self.model.config.use_static_cache:
+            return
+        started = time.perf_counter()
+        with progress("Compiling the predictor", len(self._buckets), "batch sizes") as step:
             for batch in self._buckets:
-                self._program(batch, self.model.config.max_context_length)
+                self._program(batch, self.model.config.max_context_length, self._choice(batch).recipe)
+                step(1, f"batch {batch}: {self._choice(batch).recipe.dtype}")
+        self._drop_unused()
+        self._warmup_seconds = time.perf_counter() - started
 
     def info(self) -> dict[str, Any]:
-        """What this predictor is: version, size, shapes, and what its checkpoint says of its training."""
+        """What this predictor is: version, size, shapes and how each is computed, its checkpoint's facts."""
         config = self.model.config
         return {
             "prime_jax": __version__,
             "parameters": self.model.num_params(),
             "model": config.model_dump(),
             "batch_shapes": list(self._buckets) if config.use_static_cache else "as requested",
+            "precision": {
+                batch: {**choice.recipe._asdict(), "why": choice.why}
+                for batch, choice in sorted(self._choices.items())
+            },
+            "warmup_seconds": self._warmup_seconds,
             "device": str(jax.local_devices()[0]),
             **{name: fact for name, fact in self._facts.items() if name != "files"},
         }
 
-    @cached_property
-    def _buckets(self) -> tuple[int, ...]:
-        most = self.model.config.max_batch_size
-        return (*(size for size in SMALL_BATCHES if size < most), most)
-
     def _run(self, context: Vectors, query: Vectors, mask: np.ndarray) -> Vectors:
         """Predict up to max_batch_size rows, padded to the next compiled shape."""
         rows, turns = mask.shape
+        recipe = EXACT if self._precision != "bfloat16" else self._choice(self._buckets[-1]).recipe
         if self.model.config.use_static_cache:
             batch = next(size for size in self._buckets if size >= rows)
+            recipe = self._choice(batch).recipe
             more = (batch - rows, self.model.config.max_context_length - turns)
             context = np.pad(context, ((0, more[0]), (0, more[1]), (0, 0)))
             query = np.pad(query, ((0, more[0]), (0, 0)))
             mask = np.pad(mask, ((0, more[0]), (0, more[1])))
-        answer = self._program(*mask.shape)(self._params, context, query, mask)
-        return np.asarray(answer)[:rows]
+        program = self._program(len(mask), mask.shape[1], recipe)
+        return np.asarray(program(self._laid_out(recipe.dtype), context, query, mask))[:rows]
 
-    def _program(self, batch: int, turns: int) -> Callable[..., jax.Array]:
+    def _choice(self, batch: int) -> Choice:
+        """How batches of this compiled size are computed, chosen once."""
+        with self._preparing:
+            if batch not in self._choices:
+                self._choices[batch] = self._choose(batch, self._precision)
+            return self._choices[batch]
+
+    def _choose(self, batch: int, precision: Precision) -> Choice:
+        inputs = _sample(self.model.config, batch)
+
+        def prepare(recipe: Recipe) -> Callable[[], jax.Array]:
+            program = self._program(batch, self.model.config.max_context_length, recipe)
+            return partial(program, self._laid_out(recipe.dtype), *inputs)
+
+        return choose(precision, self.model.num_params(), prepare)
+
+    def _program(self, batch: int, turns: int, recipe: Recipe) -> Program:
         """The compiled forward pass for one shape."""
-        shape = (batch, turns)
-        if shape not in self._programs:
-            size = self.model.config.input_dim
-            inputs = (
-                jax.ShapeDtypeStruct((*shape, size), jnp.float32),
-                jax.ShapeDtypeStruct((batch, size), jnp.float32),
-                jax.ShapeDtypeStruct(shape, jnp.bool_),
-            )
-            lowered = jax.jit(self._forward).lower(self._params, *inputs)
-            options = COMPILER_OPTIONS[self.model.config.compile_mode]
-            self._programs[shape] = lowered.compile(compiler_options=options or None)
-        return self._programs[shape]
-
-    def _forward(self, params: Any, context: jax.Array, query: jax.Array, mask: jax.Array) -> jax.Array:
-        predicted: jax.Array = nnx.merge(self._graph, params)(context, query, mask)
-        return predicted
-
-    def _checked(
-        self, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None
-    ) -> tuple[Vectors, Vectors, np.ndarray, bool]:
-        """Inputs as float32 and bool arrays with a batch axis, and whether they came without one."""
-        contexts, queries = _floats("context", context), _floats("query", query)
-        single = queries.ndim == 1
-        if single:
-            contexts, queries = contexts[None], queries[None]
-        config = self.model.config
-        turns = contexts.shape[1] if contexts.ndim == 3 else -1
-        expected = (len(queries), turns, config.input_dim)
-        if queries.ndim != 2 or contexts.shape != expected or queries.shape[1] != config.input_dim:
-            raise PredictorError(
-                f"context {np.shape(context)} and query {np.shape(query)} do not have the shapes "
-                f"[B, N, D] and [B, D] (or [N, D] and [D]) with D = {config.input_dim}"
-            )
-        if turns > config.max_context_length:
-            raise PredictorError(
-                f"context has {turns} turns, the model takes at most {config.max_context_length}; "
-                "pass the newest ones"
-            )
-        mask = np.ones(contexts.shape[:2], bool)
-        if context_mask is not None:
-            mask = np.asarray(context_mask)
-            mask = mask[None] if single else mask
-            if mask.dtype != bool or mask.shape != contexts.shape[:2]:
-                raise PredictorError(
-                    f"context_mask is {mask.dtype} {np.shape(context_mask)}, expected bool "
-                    f"{np.shape(context)[:-1]}"
+        with self._preparing:
+            key = (batch, turns, recipe)
+            if key not in self._programs:
+                shapes = self.model.config.fake_inputs(batch)
+                size = self.model.config.input_dim
+                self._programs[key] = compile_ahead(
+                    partial(forward, config=self.model.config, attention=recipe.attention),
+                    self._laid_out(recipe.dtype),
+                    jax.ShapeDtypeStruct((batch, turns, size), jnp.float32),
+                    shapes["query"],
+                    jax.ShapeDtypeStruct((batch, turns), jnp.bool_),
+                    mode=self.model.config.compile_mode,
                 )
-        _finite("query", queries, np.ones(len(queries), bool))
-        _finite("context", contexts, mask)
-        return contexts, queries, mask, single
+            return self._programs[key]
+
+    def _laid_out(self, dtype: DType) -> Weights:
+        with self._preparing:
+            if dtype not in self._weights:
+                self._weights[dtype] = lay_out(self.model, dtype)
+            return self._weights[dtype]
+
+    def _drop_unused(self) -> None:
+        """Free what only the measurement needed."""
+        recipes = {choice.recipe for choice in self._choices.values()}
+        dtypes = {recipe.dtype for recipe in recipes}
+        self._programs = {key: program for key, program in self._programs.items() if key[2] in recipes}
+        self._weights = {dtype: weights for dtype, weights in self._weights.items() if dtype in dtypes}
 
 
-def _floats(name: str, value: ArrayLike) -> Vectors:
-    try:
-        array = np.asarray(value)
-    except ValueError as ragged:
-        raise PredictorError(f"{name} is not an array: {ragged}") from None
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise PredictorError(f"{name} has dtype {array.dtype}, expected floating-point embeddings")
-    return array.astype(np.float32)
+def _sample(config: PredictorConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:
+    """Fixed random unit vectors to measure with: full windows, `[B, N, D]`, `[B, D]` and `[B, N]`."""
+    random = np.random.default_rng(0)
+    context = random.normal(size=(batch, config.max_context_length, config.input_dim)).astype(np.float32)
+    query = random.normal(size=(batch, config.input_dim)).astype(np.float32)
+    context /= np.linalg.norm(context, axis=-1, keepdims=True)
+    query /= np.linalg.norm(query, axis=-1, keepdims=True)
+    return context, query, np.ones(context.shape[:2], bool)
 
 
-def _finite(name: str, array: Vectors, real: np.ndarray) -> None:
-    """Refuse NaN and Inf where it counts; padded turns may hold anything."""
-    bad = ~np.isfinite(array).all(axis=-1) & real
-    if bad.any():
-        where = ", ".join(str(int(part)) for part in np.argwhere(bad)[0])
-        raise PredictorError(f"{name}[{where}] holds NaN or Inf (or a number too large for float32)")
-
-
-def _load_bundle(folder: Path) -> Predictor:
+def _load_bundle(folder: Path) -> tuple[EmbeddingPredictor, None, dict[str, Any]]:
     from safetensors.numpy import load_file
 
     manifest = verify_manifest(folder, "bundle")
     settings = read_json(folder / "config.json")
     config = ModelConfig(**settings["model"])
     model = load_state_dict(config, load_file(folder / "model.safetensors"))
-    return Predictor(model, facts={"source": str(folder), **manifest})
+    return model, None, {"source": str(folder), **manifest}

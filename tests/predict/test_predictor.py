@@ -115,7 +115,7 @@ def test_bad_input_is_named(predictor: Predictor, change: Any, message: str) -> 
 def test_fixed_shapes_are_compiled_at_load_and_nothing_afterwards() -> None:
     predictor = make(use_torch_compile=True)
     compiled = set(predictor._programs)
-    assert compiled == {(1, 3), (4, 3)}
+    assert {key[:2] for key in compiled} == {(1, 3), (4, 3)}
     for rows in (1, 2, 3, 4, 9):
         for turns in range(4):
             predictor.predict(*inputs(rows, turns))
@@ -131,7 +131,7 @@ def test_every_compile_mode_gives_the_same_answer(predictor: Predictor, mode: st
 def test_without_fixed_shapes_requests_run_as_they_are(predictor: Predictor) -> None:
     exact = make(use_static_cache=False)
     np.testing.assert_allclose(exact.predict(*inputs(3, 2)), predictor.predict(*inputs(3, 2)), atol=1e-6)
-    assert set(exact._programs) == {(3, 2)}
+    assert {key[:2] for key in exact._programs} == {(3, 2)}
 
 
 def test_info_says_what_is_served(predictor: Predictor) -> None:

@@ -1,0 +1,311 @@
+"""The forward pass as it is compiled for predicting: the model's own mathematics on laid-out weights.
+
+`forward` answers a batch from nothing. `advance` answers from a conversation's cache: it computes only what
+is new, writes it into the cache, and gives what `forward` would give for the whole window. Both run the same
+layers.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from prime_jax.models.prime import PredictorConfig
+from prime_jax.models.residual import gated, query_with_turns
+from prime_jax.nn.attention import attend, split_heads
+from prime_jax.nn.blocks import NORM_EPSILON
+from prime_jax.nn.linear import unit
+from prime_jax.nn.masks import attention_mask, positions
+from prime_jax.predict.weights import Affine, Layer, Norm, Weights
+
+Attention = Literal["float32", "bfloat16", "cudnn"]
+"""How attention is computed: our products in a dtype, or cuDNN's fused kernel in bfloat16."""
+
+CPU_ROWS = 12
+
+
+class Cache(NamedTuple):
+    """What a batch of conversations keeps on the device. Slot i holds turn i of the window, oldest first.
+
+    With `context_attention` prefix or causal these are the keys and values of the turns in every layer. With
+    full they change with every query but in the first layer, so that one's input and projection are kept
+    instead.
+
+    Attributes:
+        keys: `[B, N, heads, head_dim]` for each layer; nothing with full.
+        values: `[B, N, heads, head_dim]` for each layer; nothing with full.
+        entering: The turns as they enter the first layer, `[B, N, H]`; full only.
+        projected: Their input projection there, `[B, N, 3 H]` (2 H where it is the last layer too); full
+            only.
+        window: The turns' embeddings, `[B, N, D]`; residual 'copy' only.
+        content: What the residual reads in each turn, `[B, N]`; residual 'copy' with prefix or causal only.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    entering: Array | None
+    projected: Array | None
+    window: Array | None
+    content: Array | None
+
+
+def empty_cache(config: PredictorConfig, batch: int) -> Cache:
+    """A cache without turns."""
+    slots, hidden = (batch, config.max_context_length), config.hidden_dim
+    heads = (*slots, config.num_heads, hidden // config.num_heads)
+    full, copies = config.context_attention == "full", config.residual == "copy"
+    layers = 0 if full else config.num_layers
+    wide = (2 if config.num_layers == 1 else 3) * hidden
+    return Cache(
+        keys=tuple(jnp.zeros(heads) for _ in range(layers)),
+        values=tuple(jnp.zeros(heads) for _ in range(layers)),
+        entering=jnp.zeros((*slots, hidden)) if full else None,
+        projected=jnp.zeros((*slots, wide)) if full else None,
+        window=jnp.zeros((*slots, config.input_dim)) if copies else None,
+        content=jnp.zeros(slots) if copies and not full else None,
+    )
+
+
+def forward(
+    weights: Weights,
+    context: Float[Array, "B N D"],
+    query: Float[Array, "B D"],
+    context_mask: Bool[Array, "B N"],
+    *,
+    config: PredictorConfig,
+    attention: Attention,
+) -> Float[Array, "B E"]:
+    """Predict from whole windows; equal to the model's own call.
+
+    Args:
+        weights: Laid-out weights.
+        context: Turns, `[B, N, D]`; padded slots may hold anything.
+        query: Queries, `[B, D]`.
+        context_mask: True where a turn is real, `[B, N]`.
+        config: The model's configuration.
+        attention: How attention is computed.
+    """
+    context = jnp.where(context_mask[..., None], context, 0.0)
+    at = weights.pos_embedding[positions(context_mask)]
+    turns = affine(context, weights.context_proj) + at[:, 1:-1]
+    x = _sequence(weights, turns, query, at[:, -1])
+    mask = attention_mask(context_mask, config.context_attention)
+    pred, entering_last, _, _ = _layers(weights, x, mask, config, attention)
+    content = _content(weights, entering_last)
+    return _answer(weights, pred, query, context, context_mask, content, config)
+
+
+def advance(
+    weights: Weights,
+    cache: Cache,
+    turns: Float[Array, "B P D"],
+    start: Int[Array, " B"],
+    count: Int[Array, " B"],
+    query: Float[Array, "B D"],
+    *,
+    config: PredictorConfig,
+    attention: Attention,
+) -> tuple[Float[Array, "B E"], Cache]:
+    """Add turns to conversations and predict, computing only what the cache does not hold.
+
+    Args:
+        weights: Laid-out weights.
+        cache: The conversations so far; donated where compiled.
+        turns: New turns of each conversation, padding behind them, `[B, P, D]`. With prefix attention a new
+            turn changes all others, so P is 0, or N with `start` 0.
+        start: How many turns each conversation holds in the cache, `[B]`.
+        count: How many of `turns` are real, `[B]`; `start + count` is at most N.
+        query: Queries, `[B, D]`.
+        config: The model's configuration.
+        attention: How attention is computed.
+
+    Returns:
+        The predictions `[B, E]` and the cache with the new turns.
+    """
+    most, new = config.max_context_length, turns.shape[1]
+    fresh = jnp.arange(new) < count[:, None]
+    slots = jnp.where(fresh, start[:, None] + jnp.arange(new), most)  # a slot outside is not written
+    total = start + count
+    held = jnp.arange(most) < total[:, None]
+    turns = jnp.where(fresh[..., None], turns, 0.0)
+    added = affine(turns, weights.context_proj) + weights.pos_embedding[slots + 1]
+    at_query = weights.pos_embedding[total + 1]
+    if cache.window is not None:
+        cache = cache._replace(window=_write(cache.window, slots, turns))
+    if cache.entering is not None:
+        first = weights.layers[0]
+        entering = _write(cache.entering, slots, added)
+        projected = _write(cache.projected, slots, affine(_norm(added, first.norm1), first.in_proj))
+        cache = cache._replace(entering=entering, projected=projected)
+        x = _sequence(weights, entering, query, at_query)
+        mask = attention_mask(held, "full")
+        pred, entering_last, _, _ = _layers(weights, x, mask, config, attention, projected=projected)
+        content = _content(weights, entering_last)
+    else:
+        x = _sequence(weights, added, query, at_query)
+        mask = _mask_over_slots(slots, held, config)
+        pred, entering_last, keys, values = _layers(
+            weights, x, mask, config, attention, kept=(cache.keys, cache.values), slots=slots
+        )
+        cache = cache._replace(keys=keys, values=values)
+        if cache.content is not None:
+            content = _content(weights, entering_last)
+            cache = cache._replace(content=_write(cache.content, slots, content))
+        content = cache.content
+    return _answer(weights, pred, query, cache.window, held, content, config), cache
+
+
+def affine(x: Float[Array, "*a I"], weights: Affine) -> Float[Array, "*a O"]:
+    """`x @ kernel + bias`, float32 out; every product of a prediction goes through here.
+
+    XLA:CPU's bfloat16 kernels take rows by the dozen: 64 rows cost more than 96 do, and one row goes through
+    a slow general path. So rows are padded to two, or to a multiple of twelve.
+    """
+    rows = x.reshape(-1, x.shape[-1]).astype(weights.kernel.dtype)
+    count = rows.shape[0]
+    if weights.outputs_first and (count == 1 or count > CPU_ROWS):
+        rows = jnp.pad(rows, ((0, 1 if count == 1 else -count % CPU_ROWS), (0, 0)))
+    multiplied: Array = jax.lax.dot_general(
+        rows,
+        weights.kernel,
+        (((1,), (1 if weights.outputs_first else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
+    answer: Array = multiplied[:count].reshape(*x.shape[:-1], len(weights.bias)) + weights.bias
+    return answer
+
+
+def _sequence(
+    weights: Weights, turns: Float[Array, "B P H"], query: Float[Array, "B D"], at_query: Float[Array, "B H"]
+) -> Float[Array, "B T H"]:
+    """[PRED], turns, query with their positions, as they enter the first layer."""
+    pred = jnp.broadcast_to(
+        weights.pred_token + weights.pos_embedding[0], (query.shape[0], 1, turns.shape[2])
+    )
+    asked = affine(query, weights.query_proj) + at_query
+    return jnp.concatenate([pred, turns, asked[:, None]], axis=1)
+
+
+def _layers(
+    weights: Weights,
+    x: Float[Array, "B T H"],
+    mask: Bool[Array, "B T S"],
+    config: PredictorConfig,
+    attention: Attention,
+    *,
+    projected: Float[Array, "B N W"] | None = None,
+    kept: tuple[tuple[Array, ...], tuple[Array, ...]] | None = None,
+    slots: Int[Array, "B P"] | None = None,
+) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
+    """Run all layers; the last one computes [PRED] only.
+
+    Args:
+        weights: Laid-out weights.
+        x: [PRED], turns, query.
+        mask: Who sees whom; columns are the tokens of `x` or, with `kept`, [PRED], all slots, query.
+        config: The model's configuration.
+        attention: How attention is computed.
+        projected: The first layer's input projection of the turns, where it is known.
+        kept: Keys and values of each layer's slots.
+        slots: Where the keys and values of the turns in `x` go.
+
+    Returns:
+        [PRED]'s answer `[B, H]`, the turns as they enter the last layer `[B, T - 2, H]`, and `kept`, updated.
+    """
+    keys_kept, values_kept = [], []
+    entering = x[:, 1:-1]
+    for index, layer in enumerate(weights.layers):
+        entering = x[:, 1:-1]
+        normed = _norm(x, layer.norm1)
+        if index == 0 and projected is not None:
+            ends = affine(normed[:, jnp.array([0, -1])], layer.in_proj)
+            inputs = jnp.concatenate([ends[:, :1], projected, ends[:, 1:]], axis=1)
+        else:
+            inputs = affine(normed, layer.in_proj)
+        asking, seen = x, mask
+        if layer.query is None:
+            queries, inputs = jnp.split(inputs, (x.shape[-1],), axis=-1)
+        else:
+            queries, asking, seen = affine(normed[:, :1], layer.query), x[:, :1], mask[:, :1]
+        keys, values = (split_heads(part, config.num_heads) for part in jnp.split(inputs, 2, axis=-1))
+        if kept is not None and slots is not None:
+            held = (
+                _write(kept[0][index], slots, keys[:, 1:-1]),
+                _write(kept[1][index], slots, values[:, 1:-1]),
+            )
+            keys_kept.append(held[0])
+            values_kept.append(held[1])
+            keys = jnp.concatenate([keys[:, :1], held[0], keys[:, -1:]], axis=1)
+            values = jnp.concatenate([values[:, :1], held[1], values[:, -1:]], axis=1)
+        mixed = _attend(split_heads(queries, config.num_heads), keys, values, seen, attention)
+        x = _mlp(asking + affine(mixed, layer.out_proj), layer)
+    return x[:, 0], entering, tuple(keys_kept), tuple(values_kept)
+
+
+def _mlp(x: Float[Array, "B R H"], layer: Layer) -> Float[Array, "B R H"]:
+    inner = jax.nn.gelu(affine(_norm(x, layer.norm2), layer.mlp_in), approximate=False)
+    return x + affine(inner, layer.mlp_out)
+
+
+def _attend(queries: Array, keys: Array, values: Array, mask: Array, attention: Attention) -> Array:
+    if attention != "cudnn":
+        return attend(queries, keys, values, mask, jnp.dtype(attention))
+    q, k, v = (part.astype(jnp.bfloat16) for part in (queries, keys, values))
+    mixed: Array = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
+    return mixed.reshape(*mixed.shape[:2], -1).astype(jnp.float32)
+
+
+def _norm(x: Float[Array, "*a H"], norm: Norm) -> Float[Array, "*a H"]:
+    centred = x - jnp.mean(x, axis=-1, keepdims=True)
+    variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + NORM_EPSILON) * norm.scale + norm.bias
+
+
+def _mask_over_slots(
+    slots: Int[Array, "B P"], held: Bool[Array, "B N"], config: PredictorConfig
+) -> Bool[Array, "B T S"]:
+    """Rows [PRED], new turns, query; columns [PRED], slots, query. Turns see turns only."""
+    among = jnp.broadcast_to(held[:, None], (*slots.shape, held.shape[1]))
+    if config.context_attention == "causal":
+        among = among & (jnp.arange(held.shape[1]) <= slots[..., None])
+    turns = jnp.pad(among, ((0, 0), (0, 0), (1, 1)))
+    everything = jnp.pad(held, ((0, 0), (1, 1)), constant_values=True)[:, None]
+    return jnp.concatenate([everything, turns, everything], axis=1)
+
+
+def _write(buffer: Array | None, slots: Int[Array, "B P"], values: Array | None) -> Array:
+    """Put `values [B, P, ...]` into `buffer [B, N, ...]`; a slot N is nowhere."""
+    assert buffer is not None
+    assert values is not None
+    if values.shape[1] == 0:
+        return buffer
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, slots].set(values, mode="drop")
+
+
+def _content(weights: Weights, entering_last: Float[Array, "B P H"]) -> Float[Array, "B P"] | None:
+    if weights.residual is None or weights.residual.content is None:
+        return None
+    return entering_last @ weights.residual.content
+
+
+def _answer(
+    weights: Weights,
+    pred: Float[Array, "B H"],
+    query: Float[Array, "B D"],
+    window: Float[Array, "B N D"] | None,
+    held: Bool[Array, "B N"],
+    content: Float[Array, "B N"] | None,
+    config: PredictorConfig,
+) -> Float[Array, "B E"]:
+    """[PRED]'s answer, projected, added to the residual and normalised."""
+    delta = affine(_norm(pred, weights.norm), weights.output_proj)
+    residual = weights.residual
+    if residual is None:
+        return unit(delta)
+    base = query
+    if residual.age is not None and content is not None and window is not None:
+        base = query_with_turns(query, window, held, residual.age, content)
+    return unit(base + gated(delta, residual.gate, config.max_delta))

@@ -1,0 +1,112 @@
+"""Checks what callers pass in before anything runs: shapes, dtypes, NaN and Inf, each named."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import ArrayLike
+
+from prime_jax.errors import PredictorError
+from prime_jax.models.prime import PredictorConfig
+
+Vectors = np.ndarray
+
+
+class Request(NamedTuple):
+    """Checked input with a batch axis.
+
+    Attributes:
+        context: `[B, N, D]`, float32.
+        query: `[B, D]`, float32.
+        mask: `[B, N]`, bool.
+        single: Whether the caller gave no batch axis, and so expects none back.
+    """
+
+    context: Vectors
+    query: Vectors
+    mask: np.ndarray
+    single: bool
+
+
+def checked(
+    config: PredictorConfig, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None
+) -> Request:
+    """The arguments of `Predictor.predict` as float32 and bool arrays with a batch axis.
+
+    Raises:
+        PredictorError: For a wrong shape or dtype, too many turns, NaN or Inf; the message says where.
+    """
+    contexts, queries = floats("context", context), floats("query", query)
+    single = queries.ndim == 1
+    if single:
+        contexts, queries = contexts[None], queries[None]
+    turns = contexts.shape[1] if contexts.ndim == 3 else -1
+    expected = (len(queries), turns, config.input_dim)
+    if queries.ndim != 2 or contexts.shape != expected or queries.shape[1] != config.input_dim:
+        raise PredictorError(
+            f"context {np.shape(context)} and query {np.shape(query)} do not have the shapes "
+            f"[B, N, D] and [B, D] (or [N, D] and [D]) with D = {config.input_dim}"
+        )
+    if turns > config.max_context_length:
+        raise PredictorError(
+            f"context has {turns} turns, the model takes at most {config.max_context_length}; "
+            "pass the newest ones"
+        )
+    mask = np.ones(contexts.shape[:2], bool)
+    if context_mask is not None:
+        mask = np.asarray(context_mask)
+        mask = mask[None] if single else mask
+        if mask.dtype != bool or mask.shape != contexts.shape[:2]:
+            raise PredictorError(
+                f"context_mask is {mask.dtype} {np.shape(context_mask)}, expected bool "
+                f"{np.shape(context)[:-1]}"
+            )
+    finite("query", queries)
+    finite("context", contexts, mask)
+    return Request(contexts, queries, mask, single)
+
+
+def rows(name: str, value: ArrayLike, batch: int, size: int) -> tuple[Vectors, bool]:
+    """One embedding per conversation, `[B, D]` float32, and whether it came as `[D]` (allowed for one).
+
+    Raises:
+        PredictorError: For a wrong shape or dtype.
+    """
+    array = floats(name, value)
+    single = array.ndim == 1 and batch == 1
+    if single:
+        array = array[None]
+    if array.shape != (batch, size):
+        or_one = f" or ({size},)" if batch == 1 else ""
+        raise PredictorError(f"{name} has shape {np.shape(value)}, expected ({batch}, {size}){or_one}")
+    return array, single
+
+
+def floats(name: str, value: ArrayLike) -> Vectors:
+    """The value as float32.
+
+    Raises:
+        PredictorError: If it is ragged or does not hold floating-point numbers.
+    """
+    try:
+        array = np.asarray(value)
+    except ValueError as ragged:
+        raise PredictorError(f"{name} is not an array: {ragged}") from None
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise PredictorError(f"{name} has dtype {array.dtype}, expected floating-point embeddings")
+    with np.errstate(over="ignore"):  # what becomes Inf is refused by `finite`
+        return array.astype(np.float32)
+
+
+def finite(name: str, array: Vectors, real: np.ndarray | None = None) -> None:
+    """Refuse NaN and Inf in the vectors that count; padded turns may hold anything.
+
+    Raises:
+        PredictorError: Naming the first such vector.
+    """
+    bad = ~np.isfinite(array).all(axis=-1)
+    if real is not None:
+        bad &= real
+    if bad.any():
+        where = ", ".join(str(int(part)) for part in np.argwhere(bad)[0])
+        raise PredictorError(f"{name}[{where}] holds NaN or Inf (or a number too large for float32)")
