@@ -63,6 +63,16 @@ def half_recipes() -> tuple[Recipe, ...]:
     return (Recipe("bfloat16", "bfloat16"), Recipe("bfloat16", "cudnn"))
 
 
+def check_known(precision: str) -> None:
+    """Refuse a precision that is none of `CHOICES`.
+
+    Raises:
+        PredictorError: Naming it.
+    """
+    if precision not in CHOICES:
+        raise PredictorError(f"precision {precision!r} is unknown; choose from {', '.join(CHOICES)}")
+
+
 def choose(precision: Precision, parameters: int, prepare: Callable[[Recipe], Run]) -> Choice:
     """Choose the recipe of one shape.
 
@@ -74,8 +84,7 @@ def choose(precision: Precision, parameters: int, prepare: Callable[[Recipe], Ru
     Raises:
         PredictorError: If `precision` is none of `CHOICES`.
     """
-    if precision not in CHOICES:
-        raise PredictorError(f"precision {precision!r} is unknown; choose from {', '.join(CHOICES)}")
+    check_known(precision)
     if precision == "float32":
         return Choice(EXACT, "set by hand")
     if precision == "bfloat16" and len(half_recipes()) == 1:

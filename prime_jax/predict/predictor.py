@@ -26,7 +26,7 @@ from prime_jax.models.state_dict import load_state_dict
 from prime_jax.predict.compiled import compile_ahead
 from prime_jax.predict.forward import forward
 from prime_jax.predict.inputs import Vectors, checked
-from prime_jax.predict.precision import CHOICES, EXACT, Choice, Precision, Recipe, choose
+from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_known, choose
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms
 from prime_jax.predict.weights import DType, Weights, lay_out
@@ -93,8 +93,7 @@ class Predictor:
         precision: Precision = "auto",
         batch_sizes: Sequence[int] = BATCH_SIZES,
     ):
-        if precision not in CHOICES:
-            raise PredictorError(f"precision {precision!r} is unknown; choose from {', '.join(CHOICES)}")
+        check_known(precision)
         if any(size < 1 for size in batch_sizes):
             raise PredictorError(f"batch_sizes {list(batch_sizes)} must be 1 or more")
         most = model.config.max_batch_size

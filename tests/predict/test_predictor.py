@@ -1,16 +1,20 @@
 """Prediction from Python: any batch, any N, the same answer; bad input is named."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import monitoring
 
 import prime_jax
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.predict import precision
 from prime_jax.predict.predictor import Predictor
 
 CONFIG = PredictorConfig(
@@ -112,14 +116,90 @@ def test_bad_input_is_named(predictor: Predictor, change: Any, message: str) -> 
         predictor.predict(*change(*inputs(2)))
 
 
-def test_fixed_shapes_are_compiled_at_load_and_nothing_afterwards() -> None:
+def test_nothing_is_compiled_after_the_warm_up() -> None:
+    """Counted by JAX itself, sessions included."""
+    predictor = make(use_torch_compile=True, context_attention="causal")
+    session = predictor.session(2)
+    compilations: list[str] = []
+
+    def listen(event: str, seconds: float, **_: object) -> None:
+        if event.endswith("backend_compile_duration"):
+            compilations.append(event)
+
+    jax.jit(lambda x: x + 1)(jnp.ones(7))  # whatever converting arrays itself compiles, once per process
+    predictor.predict(*inputs(1, 1))
+    monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for rows in (1, 2, 3, 4, 9):
+            for turns in range(4):
+                predictor.predict(*inputs(rows, turns))
+        for _ in range(5):
+            session.append(inputs(2)[1])
+            session.predict(inputs(2)[1])
+            session.append(inputs(2)[1], np.array([True, False]))
+        predictor.session(2).predict(inputs(2)[1])
+        assert compilations == []
+        jax.jit(lambda x: x * 31.5)(jnp.ones(11))
+        assert compilations != []  # the listener does listen
+    finally:
+        monitoring.unregister_event_duration_listener(listen)
+
+
+def test_batch_sizes_can_be_chosen() -> None:
+    predictor = make(max_batch_size=6)
+    assert predictor.info()["batch_shapes"] == [1, 6]
+    chosen = Predictor.from_model(predictor.model, batch_sizes=(3, 2, 50))
+    assert chosen.info()["batch_shapes"] == [2, 3, 6]
+    np.testing.assert_allclose(chosen.predict(*inputs(8)), predictor.predict(*inputs(8)), atol=1e-6)
+    with pytest.raises(PredictorError, match=r"batch_sizes \[0\] must be 1 or more"):
+        Predictor.from_model(predictor.model, batch_sizes=(0,))
+
+
+def test_precision_is_measured_for_each_shape_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model as small as this one would not be measured, were it not made to."""
+    monkeypatch.setattr(precision, "MEASURED_FROM", 0)
     predictor = make(use_torch_compile=True)
-    compiled = set(predictor._programs)
-    assert {key[:2] for key in compiled} == {(1, 3), (4, 3)}
-    for rows in (1, 2, 3, 4, 9):
-        for turns in range(4):
-            predictor.predict(*inputs(rows, turns))
-    assert set(predictor._programs) == compiled
+    told = predictor.info()["precision"]
+    assert set(told) == {1, 4}
+    for shape in told.values():
+        assert shape["why"].startswith("measured: float32")
+        assert "ms, bfloat16" in shape["why"]
+    exact = make().predict(*inputs(4))
+    assert (predictor.predict(*inputs(4)) * exact).sum(axis=-1).min() > 0.999
+    recipes = {(shape["dtype"], shape["attention"]) for shape in told.values()}
+    assert {tuple(key[2]) for key in predictor._programs} == recipes  # the slower ones are gone
+
+
+def test_bfloat16_by_hand() -> None:
+    predictor = Predictor.from_model(make().model, precision="bfloat16")
+    answers, exact = predictor.predict(*inputs(3)), make().predict(*inputs(3))
+    assert predictor.info()["precision"][4]["dtype"] == "bfloat16"
+    assert (answers * exact).sum(axis=-1).min() > 0.999
+    assert np.abs(answers - exact).max() > 1e-6
+    flexible = Predictor.from_model(make(use_static_cache=False).model, precision="bfloat16")
+    np.testing.assert_allclose(flexible.predict(*inputs(3)), answers, atol=1e-2)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_an_unknown_precision_is_refused_at_once() -> None:
+    with pytest.raises(PredictorError, match="precision 'int8' is unknown"):
+        Predictor.from_model(make().model, precision="int8")  # type: ignore[arg-type]
+
+
+def test_threads_may_predict_at_once() -> None:
+    predictor = make()
+    expected = {rows: make().predict(*inputs(rows)) for rows in range(1, 7)}
+    answers: dict[int, np.ndarray] = {}
+    threads = [
+        threading.Thread(target=lambda rows=rows: answers.update({rows: predictor.predict(*inputs(rows))}))
+        for rows in expected
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for rows, rows_expected in expected.items():
+        np.testing.assert_array_equal(answers[rows], rows_expected)
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])

@@ -1,4 +1,4 @@
-"""Small predictors, requests and sessions that the export tests share."""
+"""Small predictors, requests and sessions that tests share."""
 
 from pathlib import Path
 
