@@ -10,9 +10,17 @@ from prime_jax._version import __version__
 
 if TYPE_CHECKING:
     from prime_jax.config import Config, TrainingConfig
-    from prime_jax.errors import CheckpointError, ConfigError, DataError, ExportError, PredictorError
+    from prime_jax.errors import (
+        CheckpointError,
+        ConfigError,
+        DataError,
+        ExportError,
+        OverloadedError,
+        PredictorError,
+    )
     from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
     from prime_jax.predict.predictor import Predictor, load
+    from prime_jax.predict.schema import PredictorInput, PredictorOutput
 
 _HOME = {
     "load": "prime_jax.predict.predictor",
@@ -26,6 +34,9 @@ _HOME = {
     "ConfigError": "prime_jax.errors",
     "DataError": "prime_jax.errors",
     "ExportError": "prime_jax.errors",
+    "OverloadedError": "prime_jax.errors",
+    "PredictorInput": "prime_jax.predict.schema",
+    "PredictorOutput": "prime_jax.predict.schema",
 }
 
 __all__ = [
@@ -35,9 +46,12 @@ __all__ = [
     "DataError",
     "EmbeddingPredictor",
     "ExportError",
+    "OverloadedError",
     "Predictor",
     "PredictorConfig",
     "PredictorError",
+    "PredictorInput",
+    "PredictorOutput",
     "TrainingConfig",
     "__version__",
     "load",

@@ -18,6 +18,7 @@ _COMMANDS = {
     "encode": ("prime_jax.data.encode", "encode the texts of a data folder into its embedding store"),
     "train": ("prime_jax.train.__main__", "train a predictor from a YAML config"),
     "evaluate": ("prime_jax.evaluate.__main__", "compare searching with the prediction against baselines"),
+    "serve": ("prime_jax.serve.__main__", "answer predictions over HTTP"),
     "export": ("prime_jax.export.__main__", "write a bundle for ONNX Runtime and PyTorch"),
 }
 _DATA_COMMANDS = ("pydocs", "encode")  # also reached as `prime-jax data encode`

@@ -22,3 +22,7 @@ class DataError(PredictorError):
 
 class ExportError(PredictorError):
     """An export could not be written, or its numbers do not agree with the model it came from."""
+
+
+class OverloadedError(PredictorError):
+    """More requests are waiting than a service may keep; the same request may succeed later."""

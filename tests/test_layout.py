@@ -23,6 +23,7 @@ ROWS = [
     {"config"},
     {"train"},
     {"predict", "evaluate", "explain", "export"},
+    {"serve"},
     {"cli", "__init__"},
 ]
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -23,10 +23,12 @@ from prime_jax.files import MANIFEST, read_json, verify_manifest
 from prime_jax.models import ModelConfig
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.state_dict import load_state_dict
+from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.compiled import compile_ahead
 from prime_jax.predict.forward import forward
 from prime_jax.predict.inputs import Vectors, checked
 from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_known, choose
+from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms
 from prime_jax.predict.weights import DType, Weights, lay_out
@@ -176,6 +178,39 @@ class Predictor:
                     self.model.config, weights, recipe, batch
                 )
             return Session(self._session_programs[batch, recipe])
+
+    def batcher(
+        self,
+        *,
+        max_delay_ms: float = 2.0,
+        max_batch: int | None = None,
+        max_queue: int = 1024,
+        on_call: Callable[[int], None] | None = None,
+    ) -> Batcher:
+        """Start a thread that joins the single requests of many callers into one device call (`Batcher`).
+
+        Args:
+            max_delay_ms: How long a request may wait for company.
+            max_batch: Most requests of one device call; None means the largest compiled batch.
+            max_queue: Most requests that wait; more are refused with an `OverloadedError`.
+            on_call: Told the number of requests of every device call.
+        """
+        return Batcher(
+            self.predict,
+            partial(checked, self.model.config),
+            max_batch=self._buckets[-1] if max_batch is None else max_batch,
+            max_delay_ms=max_delay_ms,
+            max_queue=max_queue,
+            on_call=on_call,
+        )
+
+    def predict_one(self, request: PredictorInput) -> PredictorOutput:
+        """Answer one request of the wire schema.
+
+        Raises:
+            PredictorError: If its dimension or number of turns does not fit the model.
+        """
+        return predict_one(self.predict, request)
 
     def warmup(self) -> None:
         """Choose precisions and compile every fixed shape now, not at the first request that needs it."""

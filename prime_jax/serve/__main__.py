@@ -1,0 +1,51 @@
+"""`python -m prime_jax.serve --run R`: answer predictions over HTTP."""
+
+import logging
+import signal
+import sys
+from collections.abc import Sequence
+
+from prime_jax.errors import ConfigError, PredictorError
+from prime_jax.progress import console
+from prime_jax.serve.settings import read_settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until SIGTERM or Ctrl-C; 0 after a stop, 2 for a user's mistake."""
+    try:
+        settings = read_settings(sys.argv[1:] if argv is None else argv)
+        try:
+            import uvicorn
+
+            from prime_jax.serve.app import build_app
+        except ImportError as missing:
+            raise ConfigError(f"{missing}; install it with: pip install 'prime-jax[serve]'") from None
+        from prime_jax.predict.predictor import load
+
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        console.print(f"Loading {settings.run}")
+        predictor = load(settings.run, precision=settings.precision)
+        app = build_app(predictor, settings)
+    except PredictorError as mistake:
+        print(f"prime-jax serve: {mistake}", file=sys.stderr)
+        return 2
+    # uvicorn raises the signal again once it has stopped; by then there is nothing left to interrupt.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: None)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=settings.grace_s,
+        )
+    )
+    console.print(f"Serving on http://{settings.host}:{settings.port} (Ctrl-C stops)", highlight=False)
+    server.run()
+    return 0 if server.started else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
