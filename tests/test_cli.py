@@ -14,6 +14,7 @@ MODULES = {
     "encode": "prime_jax.data.encode",
     "train": "prime_jax.train.__main__",
     "evaluate": "prime_jax.evaluate.__main__",
+    "serve": "prime_jax.serve.__main__",
     "export": "prime_jax.export.__main__",
 }
 
@@ -61,7 +62,10 @@ def test_data_commands_have_a_two_word_form(command: str, monkeypatch: pytest.Mo
     [
         (["trian"], "prime-jax: unknown command 'trian'; did you mean 'train'?"),
         (["evalute", "--run", "x"], "prime-jax: unknown command 'evalute'; did you mean 'evaluate'?"),
-        (["xyz"], "prime-jax: unknown command 'xyz'; choose from pydocs, encode, train, evaluate, export"),
+        (
+            ["xyz"],
+            "prime-jax: unknown command 'xyz'; choose from pydocs, encode, train, evaluate, serve, export",
+        ),
         (["data", "encod"], "prime-jax: unknown command 'encod'; did you mean 'encode'?"),
         (["data", "train"], "prime-jax: unknown command 'train'; choose from pydocs, encode"),
     ],

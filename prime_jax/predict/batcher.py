@@ -107,6 +107,8 @@ class Batcher:
             if self._closed:
                 raise PredictorError("the batcher is closed")
             if len(self._queue) >= self._max_queue:
+                self._drop_cancelled()
+            if len(self._queue) >= self._max_queue:
                 raise OverloadedError(f"{len(self._queue)} requests are waiting already; try again later")
             self._queue.append(_Waiting(contexts[0], queries[0], mask[0], time.monotonic(), future))
             self._changed.notify()
@@ -127,6 +129,7 @@ class Batcher:
     def stats(self) -> Stats:
         """What has been done so far, and how much is waiting."""
         with self._changed:
+            self._drop_cancelled()
             return Stats(self._requests, self._calls, len(self._queue))
 
     def close(self) -> None:
@@ -146,6 +149,10 @@ class Batcher:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _drop_cancelled(self) -> None:
+        """Requests taken back take no place in the queue."""
+        self._queue = deque(waiting for waiting in self._queue if not waiting.answer.cancelled())
 
     def _work(self) -> None:
         while batch := self._next():

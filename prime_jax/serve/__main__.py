@@ -2,6 +2,7 @@
 
 import logging
 import signal
+import socket
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from prime_jax.predict.predictor import load
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        listening = _bind(settings.host, settings.port)
         console.print(f"Loading {settings.run}")
         predictor = load(settings.run, precision=settings.precision)
         app = build_app(predictor, settings)
@@ -32,19 +34,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn raises the signal again once it has stopped; by then there is nothing left to interrupt.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            app,
-            host=settings.host,
-            port=settings.port,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=settings.grace_s,
-        )
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, timeout_graceful_shutdown=settings.grace_s
     )
-    console.print(f"Serving on http://{settings.host}:{settings.port} (Ctrl-C stops)", highlight=False)
-    server.run()
+    port = listening.getsockname()[1]
+    console.print(f"Serving on http://{settings.host}:{port} (Ctrl-C stops)", highlight=False)
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])
     return 0 if server.started else 2
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """Take the port before anything is loaded. Connections are refused until the server listens on it."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as refused:
+        raise ConfigError(f"cannot listen on {host}:{port}: {refused.strerror}") from None
+    return bound
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The HTTP door: POST /predict, /sessions, GET /health, /metrics; OpenAPI under /docs and /openapi.json."""
 
 import asyncio
-import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
@@ -23,7 +22,6 @@ from prime_jax.serve.metrics import Metrics
 from prime_jax.serve.sessions import NoSuchSessionError, Sessions
 from prime_jax.serve.settings import ServeSettings
 
-log = logging.getLogger("prime_jax.serve")
 T = TypeVar("T")
 
 
@@ -224,6 +222,7 @@ class Fault(Frozen):
 _FAULTS: dict[int | str, dict[str, Any]] = {
     400: {"model": Fault, "description": "not JSON"},
     413: {"model": Fault, "description": "body too large"},
+    415: {"model": Fault, "description": "the body is not called JSON"},
     422: {"model": Fault, "description": "wrong shape or dimension, NaN, unknown field"},
     503: {"model": Fault, "description": "too many requests are waiting"},
     504: {"model": Fault, "description": "no answer in time"},
@@ -236,9 +235,11 @@ def _answer_errors(app: FastAPI) -> None:
     def fault(status: int, message: str, **headers: str) -> JSONResponse:
         return JSONResponse({"error": message}, status, headers)
 
-    async def invalid(_: Request, error: Exception) -> Response:
+    async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         faults = error.errors()
+        if "json" not in request.headers.get("content-type", "") and "/state" not in request.url.path:
+            return fault(415, "send the body with the header 'Content-Type: application/json'")
         if any(one["type"] == "json_invalid" for one in faults):
             return fault(400, "the body is not valid JSON")
         return fault(422, "; ".join(_told(one) for one in faults[:5]))
@@ -255,15 +256,10 @@ def _answer_errors(app: FastAPI) -> None:
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=GONE)
 
-    async def unexpected(request: Request, error: Exception) -> Response:
-        log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return fault(500, "something went wrong in the server; its log says what")
-
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(PredictorError, refused)
     app.add_exception_handler(HTTPException, http)
     app.add_exception_handler(ClientGoneError, gone)
-    app.add_exception_handler(Exception, unexpected)
 
 
 def _told(fault: Any) -> str:

@@ -1,5 +1,6 @@
-"""What stands before every request: a bound on its body, and a count of its answer."""
+"""What stands before every request: a bound on its body, a count of its answer, an answer to failures."""
 
+import logging
 import time
 from typing import Any
 
@@ -7,6 +8,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prime_jax.serve.metrics import Metrics
+
+log = logging.getLogger("prime_jax.serve")
 
 GONE = 499
 """Status under which a request is counted whose client hung up; nobody receives it."""
@@ -54,7 +57,7 @@ class BodyLimit:
 
 
 class Observe:
-    """Counts every answer by route and status, and how long it took."""
+    """Counts every answer by route and status, and its time; a failure is logged and answered with 500."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app, self._metrics = app, metrics
@@ -74,6 +77,11 @@ class Observe:
 
         try:
             await self._app(scope, receive, watched)
+        except Exception:
+            log.exception("%s %s failed", scope["method"], scope["path"])
+            if status == GONE:  # nothing has been sent yet
+                hidden = {"error": "something went wrong in the server; its log says what"}
+                await JSONResponse(hidden, 500)(scope, receive, watched)
         finally:
             route: Any = scope.get("route")
             name = getattr(route, "path", "none")  # never what the client wrote: that could be anything

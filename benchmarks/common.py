@@ -1,0 +1,61 @@
+"""What the benchmarks of serving share: the model they serve, the requests they send, and the machine."""
+
+import os
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax import nnx
+
+from prime_jax._version import __version__
+from prime_jax.config import read_config
+from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+
+
+class Asked(NamedTuple):
+    """One request: the turns `[n, D]`, n from 1 to N, and the query `[D]`."""
+
+    context: np.ndarray
+    query: np.ndarray
+
+
+def random_model() -> EmbeddingPredictor:
+    """The quickstart's model with random weights, its gate open: closed, it would ignore its own layers."""
+    config = read_config(CONFIG).model
+    assert isinstance(config, PredictorConfig)
+    model = config.build(rngs=nnx.Rngs(0))
+    model.residual_gate[...] = 1.0
+    return model
+
+
+def sample(config: PredictorConfig, count: int) -> list[Asked]:
+    """Random unit vectors as requests; the i-th has 1 + i % N turns."""
+    random = np.random.default_rng(0)
+
+    def unit(*shape: int) -> np.ndarray:
+        vectors = random.normal(size=(*shape, config.input_dim)).astype(np.float32)
+        return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
+
+    return [Asked(unit(1 + row % config.max_context_length), unit()) for row in range(count)]
+
+
+def facts(*packages: str) -> dict[str, Any]:
+    """Versions and machine, for the file of results."""
+    return {
+        "prime_jax": __version__,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "machine": {"device": _device(), "cores": os.cpu_count(), "platform": platform.platform()},
+    }
+
+
+def _device() -> str:
+    if jax.default_backend() != "cpu":
+        return str(jax.devices()[0].device_kind)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")

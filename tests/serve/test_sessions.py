@@ -1,0 +1,115 @@
+"""Conversations kept by the server."""
+
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import Served
+from predictors import D, N
+
+from prime_jax.errors import OverloadedError
+from prime_jax.predict.predictor import Predictor
+from prime_jax.serve.sessions import NoSuchSessionError, Sessions
+
+JSON = {"content-type": "application/json"}
+RNG = np.random.default_rng(1)
+TURNS = RNG.normal(size=(N + 1, D)).astype(np.float32)
+QUERY = RNG.normal(size=D).astype(np.float32)
+
+
+def start(served: Served) -> str:
+    answer = served.client.post("/sessions")
+    assert answer.status_code == 201
+    assert answer.json()["turns"] == 0
+    return f"/sessions/{answer.json()['id']}"
+
+
+def predicted(served: Served, path: str) -> np.ndarray:
+    answer = served.client.post(f"{path}/predict", json={"query_embedding": QUERY.tolist()})
+    assert answer.status_code == 200
+    return np.array(answer.json()["predicted_embedding"], np.float32)
+
+
+def test_a_conversation_from_start_to_end(served: Served) -> None:
+    path = start(served)
+    for count, turn in enumerate(TURNS, start=1):
+        answer = served.client.post(f"{path}/turns", json={"turn_embedding": turn.tolist()})
+        assert answer.json()["turns"] == min(count, N)
+        window = TURNS[:count][-N:]
+        np.testing.assert_allclose(
+            predicted(served, path), served.predictor.predict(window, QUERY), atol=1e-5
+        )
+    assert served.client.get(path).json()["turns"] == N
+    assert served.client.delete(path).status_code == 204
+    gone = served.client.get(path)
+    assert gone.status_code == 404
+    assert "there is no such session" in gone.json()["error"]
+
+
+def test_a_state_moves_to_another_session(served: Served) -> None:
+    first, second = start(served), start(served)
+    served.client.post(f"{first}/turns", json={"turn_embedding": TURNS[0].tolist()})
+    saved = served.client.get(f"{first}/state")
+    assert saved.headers["content-type"] == "application/octet-stream"
+    headers = {"content-type": "application/octet-stream"}
+    assert served.client.put(f"{second}/state", content=saved.content, headers=headers).json()["turns"] == 1
+    np.testing.assert_array_equal(predicted(served, second), predicted(served, first))
+    damaged = served.client.put(f"{second}/state", content=saved.content[:-3], headers=headers)
+    assert damaged.status_code == 422
+    assert "this is not a saved session" in damaged.json()["error"]
+    full = served.client.post("/sessions")
+    assert full.status_code == 503
+    assert full.json()["error"] == "all 2 sessions are in use; try again later"
+    for path in (first, second):
+        served.client.delete(path)
+
+
+@pytest.mark.parametrize(
+    ("turn", "message"),
+    [([1.0] * (D - 1), "turn has shape (23,)"), ([float("nan")] * D, "turn_embedding: holds NaN")],
+)
+def test_a_bad_turn_changes_nothing(served: Served, turn: list[float], message: str) -> None:
+    path = start(served)
+    content = str(turn).replace("nan", "NaN")
+    answer = served.client.post(f"{path}/turns", content=f'{{"turn_embedding": {content}}}', headers=JSON)
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]
+    assert served.client.get(path).json()["turns"] == 0
+    served.client.delete(path)
+
+
+def test_requests_of_one_session_take_turns(served: Served) -> None:
+    path = start(served)
+    served.client.post(f"{path}/turns", json={"turn_embedding": TURNS[0].tolist()})
+    expected = predicted(served, path)
+    with ThreadPoolExecutor(8) as pool:
+        for answer in pool.map(lambda _: predicted(served, path), range(24)):
+            np.testing.assert_array_equal(answer, expected)
+    served.client.delete(path)
+
+
+def test_a_stateless_server_says_how_to_get_sessions(serve: Any) -> None:
+    with serve() as started:
+        for answer in (started.client.post("/sessions"), started.client.get("/sessions/x")):
+            assert answer.status_code == 404
+            assert "start it with --max-sessions" in answer.json()["error"]
+
+
+def test_idle_sessions_are_dropped_but_not_those_in_use(predictor: Predictor) -> None:
+    now = 0.0
+    kept = Sessions(predictor.session, most=2, idle_s=10.0, clock=lambda: now)
+    first, second = kept.create(), kept.create()
+    assert first != second
+    with pytest.raises(OverloadedError):
+        kept.create()
+    now = 8.0
+    kept.find(first)
+    now = 12.0
+    assert len(kept) == 1
+    with pytest.raises(NoSuchSessionError):
+        kept.find(second)
+    kept.create()
+    kept.drop(first)
+    with pytest.raises(NoSuchSessionError):
+        kept.drop(first)
