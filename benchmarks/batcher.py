@@ -1,16 +1,15 @@
-"""Many callers through the batcher, beside one request at a time.
+"""Sixty-four callers at once through the batcher, against the same requests one at a time.
 
-    python -m benchmarks.batcher --run runs/quickstart --out benchmarks/results
+    python -m benchmarks.batcher --run runs/quickstart
 
-One at a time is the plainest loop: `predict` on one request after the other, nothing in between. Beside it
-stand as many threads that call `predict` themselves, one caller through the batcher (who waits for company
-that never comes), and the batcher under threads and under asyncio. They take turns for several rounds, and
-medians are compared. Every answer of every round must equal the request's own single answer to 1e-5. Float32
-throughout. Without --run the quickstart's model serves with random weights. Writes batcher.json.
+Without a run, a random model of the quickstart's shape serves. Both ways take turns for several rounds; every
+answer must equal its own single answer to 1e-5. Writes batcher.json.
 """
 
 import argparse
 import asyncio
+import os
+import platform
 import statistics
 import sys
 import time
@@ -19,143 +18,136 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from rich.table import Table
+from flax import nnx
 
 import prime_jax
-from benchmarks.common import Asked, facts, random_model, sample
+from prime_jax._version import __version__
+from prime_jax.config import read_config
 from prime_jax.files import write_json
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.predictor import Predictor
-from prime_jax.progress import console, progress
 
-ALONE = "one at a time"
+CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 TOLERANCE = 1e-5
-Answers = list[np.ndarray]
-Way = Callable[[list[Asked]], Answers]
 
 
-def ways(predictor: Predictor, batcher: Batcher, callers: int, pool: ThreadPoolExecutor) -> dict[str, Way]:
-    """Every way to have requests answered, by the name it has in the results."""
-
-    async def all_tasks(requests: list[Asked]) -> Answers:
-        """Each task sends its next request when it has the answer to the last, as a thread does."""
-        answers: Answers = [np.empty(0)] * len(requests)
-
-        async def caller(first: int) -> None:
-            for row in range(first, len(requests), callers):
-                answers[row] = await batcher.predict_async(*requests[row])
-
-        await asyncio.gather(*(caller(first) for first in range(callers)))
-        return answers
-
-    return {
-        ALONE: lambda requests: [predictor.predict(*request) for request in requests],
-        f"{callers} threads, no batcher": lambda requests: list(
-            pool.map(lambda request: predictor.predict(*request), requests)
-        ),
-        "one caller through the batcher": lambda requests: [
-            batcher.predict(*request) for request in requests
-        ],
-        f"{callers} threads through the batcher": lambda requests: list(
-            pool.map(lambda request: batcher.predict(*request), requests)
-        ),
-        f"{callers} asyncio tasks through the batcher": lambda requests: asyncio.run(all_tasks(requests)),
-    }
+def served(run: Path | None) -> Predictor:
+    """The predictor of a run, or of a random model of the quickstart's shape."""
+    if run is not None:
+        return prime_jax.load(run)
+    return Predictor.from_model(read_config(CONFIG, []).model.build(rngs=nnx.Rngs(0)))
 
 
-def time_in_turns(
-    ways: dict[str, Way], requests: list[Asked], expected: Answers, rounds: int, batcher: Batcher
-) -> dict[str, dict[str, Any]]:
-    """Requests per second of every way in every round, largest error, and requests per device call."""
-    found: dict[str, dict[str, Any]] = {
-        name: {"per_second": [], "largest_error": 0.0, "requests_per_call": None} for name in ways
-    }
-    with progress("Timing", rounds * len(ways), "turns") as step:
-        for each in range(rounds + 1):
-            for name, way in ways.items():
-                before = batcher.stats()
-                started = time.perf_counter()
-                answers = way(requests)
-                taken = time.perf_counter() - started
-                after, figures = batcher.stats(), found[name]
-                error = float(np.abs(np.subtract(answers, expected)).max())
-                figures["largest_error"] = max(figures["largest_error"], error)
-                if each == 0:  # the first round starts threads and fills caches
-                    continue
-                figures["per_second"].append(len(requests) / taken)
-                if calls := after.calls - before.calls:
-                    figures["requests_per_call"] = (after.requests - before.requests) / calls
-                step(1, name)
-    return found
+def one_at_a_time(predictor: Predictor, context: np.ndarray, query: np.ndarray) -> list[np.ndarray]:
+    """A service without a batcher: one request after the other."""
+    return [predictor.predict(*request) for request in zip(context, query, strict=True)]
 
 
-def main() -> int:
-    """Run the benchmark; 1 if an answer was wrong."""
+def threads(
+    batcher: Batcher, pool: ThreadPoolExecutor, context: np.ndarray, query: np.ndarray
+) -> list[np.ndarray]:
+    """Callers in threads, each waiting for its answer before it asks again."""
+    return list(pool.map(batcher.predict, context, query))
+
+
+def tasks(batcher: Batcher, callers: int, context: np.ndarray, query: np.ndarray) -> list[np.ndarray]:
+    """Callers in asyncio tasks, each waiting for its answer before it asks again."""
+    answers: list[np.ndarray] = [np.empty(0)] * len(query)
+
+    async def caller(rows: range) -> None:
+        for row in rows:
+            answers[row] = await batcher.predict_async(context[row], query[row])
+
+    async def everyone() -> None:
+        await asyncio.gather(*(caller(range(first, len(query), callers)) for first in range(callers)))
+
+    asyncio.run(everyone())
+    return answers
+
+
+def device_gain(predictor: Predictor, context: np.ndarray, query: np.ndarray) -> float:
+    """How much faster the device alone answers a request in a full batch: what no batcher can exceed."""
+    most = int(predictor.info()["batch_shapes"][-1])
+
+    def seconds(size: int) -> float:
+        taken = []
+        for _ in range(50):
+            started = time.perf_counter()
+            predictor.predict(context[:size], query[:size])
+            taken.append(time.perf_counter() - started)
+        return statistics.median(taken)
+
+    return most * seconds(1) / seconds(most)
+
+
+def main() -> None:
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--run", type=Path, help="run or bundle (default: random weights)")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--run", type=Path)
     parser.add_argument("--callers", type=int, default=64)
-    parser.add_argument("--requests", type=int, default=2048, help="in each turn of each way")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--max-delay-ms", type=float, default=2.0)
-    parser.add_argument("--max-batch", type=int, help="default: the largest compiled batch")
+    parser.add_argument("--requests", type=int, default=2048, help="in each round")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
-    if given.run is None:
-        predictor = Predictor.from_model(random_model(), precision="float32")
-    else:
-        predictor = prime_jax.load(given.run, precision="float32")
-    requests = sample(predictor.model.config, given.requests)
-    expected = [predictor.predict(*request) for request in requests]
-    with (
-        predictor.batcher(max_delay_ms=given.max_delay_ms, max_batch=given.max_batch) as batcher,
-        ThreadPoolExecutor(given.callers) as pool,
-    ):
-        compared = ways(predictor, batcher, given.callers, pool)
-        found = time_in_turns(compared, requests, expected, given.rounds, batcher)
-    alone = statistics.median(found[ALONE]["per_second"])
-    for figures in found.values():
-        figures["median_per_second"] = statistics.median(figures["per_second"])
-        figures["times_one_at_a_time"] = figures["median_per_second"] / alone
-    settings = {name: value for name, value in vars(given).items() if name not in ("run", "out")}
-    write_json(
-        given.out / "batcher.json",
-        {
-            **facts("jax", "jaxlib", "flax", "numpy"),
-            "model": {
-                "weights": "random" if given.run is None else "trained",
-                "parameters": predictor.model.num_params(),
-                **predictor.model.config.model_dump(),
-            },
-            "settings": {**settings, "precision": "float32"},
-            "ways": found,
-        },
+    predictor = served(given.run)
+    config = predictor.model.config
+    random = np.random.default_rng(0)
+    context = random.normal(size=(given.requests, config.max_context_length, config.input_dim)).astype(
+        np.float32
     )
-    show(found)
-    wrong = [name for name, figures in found.items() if not figures["largest_error"] <= TOLERANCE]
-    if wrong:
-        print(f"answers differ from single ones by more than {TOLERANCE}: {', '.join(wrong)}", file=sys.stderr)
-    return 1 if wrong else 0
-
-
-def show(found: dict[str, dict[str, Any]]) -> None:
-    """The figures as a table."""
-    table = Table("", title="requests per second, median")
-    for column in ("per second", "times one at a time", "per device call", "largest error"):
-        table.add_column(column, justify="right")
-    for name, figures in found.items():
-        joined = figures["requests_per_call"]
-        table.add_row(
-            name,
-            f"{figures['median_per_second']:,.0f}",
-            f"{figures['times_one_at_a_time']:.2f}",
-            "1" if joined is None else f"{joined:.1f}",
-            f"{figures['largest_error']:.0e}",
-        )
-    console.print(table)
+    query = random.normal(size=(given.requests, config.input_dim)).astype(np.float32)
+    sizes: list[int] = []
+    pool = ThreadPoolExecutor(given.callers)
+    with predictor.batcher(on_call=sizes.append) as batcher:
+        ways: dict[str, Callable[[], list[np.ndarray]]] = {
+            "one at a time": lambda: one_at_a_time(predictor, context, query),
+            "threads": lambda: threads(batcher, pool, context, query),
+            "asyncio tasks": lambda: tasks(batcher, given.callers, context, query),
+        }
+        expected = np.stack(ways["one at a time"]())
+        rates: dict[str, list[float]] = {name: [] for name in ways}
+        furthest: dict[str, float] = dict.fromkeys(ways, 0.0)
+        for _ in range(given.rounds):
+            for name, way in ways.items():
+                started = time.perf_counter()
+                answers = np.stack(way())
+                rates[name].append(given.requests / (time.perf_counter() - started))
+                furthest[name] = max(furthest[name], float(np.abs(answers - expected).max()))
+    pool.shutdown()
+    ceiling = device_gain(predictor, context, query)
+    medians = {name: statistics.median(rate) for name, rate in rates.items()}
+    figures: dict[str, Any] = {
+        name: {
+            "requests_per_second": medians[name],
+            "times_one_at_a_time": medians[name] / medians["one at a time"],
+            "largest_difference": furthest[name],
+        }
+        for name in ways
+    }
+    for name, figure in figures.items():
+        rate, ratio = figure["requests_per_second"], figure["times_one_at_a_time"]
+        print(f"{name:14} {rate:8,.0f} requests/s  {ratio:5.2f} x  differs by {furthest[name]:.0e}")
+    print(f"the device alone gains {ceiling:.2f} x from full batches")
+    result = {
+        "prime_jax": __version__,
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "machine": {"device": str(jax.devices()[0].device_kind), "cores": os.cpu_count()},
+        "parameters": predictor.model.num_params(),
+        "callers": given.callers,
+        "requests": given.requests,
+        "rounds": given.rounds,
+        "mean_batch": float(np.mean(sizes)),
+        "device_gain": ceiling,
+        "ways": figures,
+    }
+    write_json(given.out / "batcher.json", result)
+    if max(furthest.values()) > TOLERANCE:
+        sys.exit(f"an answer differs from its own single answer by more than {TOLERANCE}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -243,15 +243,14 @@ class Predictor:
 
     def _run(self, context: Vectors, query: Vectors, mask: np.ndarray) -> Vectors:
         """Predict up to max_batch_size rows, padded to the next compiled shape."""
-        rows, turns = mask.shape
+        rows = len(mask)
         recipe = EXACT if self._precision != "bfloat16" else self._choice(self._buckets[-1]).recipe
         if self.model.config.use_static_cache:
             batch = next(size for size in self._buckets if size >= rows)
             recipe = self._choice(batch).recipe
-            more = (batch - rows, self.model.config.max_context_length - turns)
-            context = np.pad(context, ((0, more[0]), (0, more[1]), (0, 0)))
-            query = np.pad(query, ((0, more[0]), (0, 0)))
-            mask = np.pad(mask, ((0, more[0]), (0, more[1])))
+            shape = (batch, self.model.config.max_context_length)
+            context, query = _padded(context, shape), _padded(query, shape[:1])
+            mask = _padded(mask, shape)
         program = self._program(len(mask), mask.shape[1], recipe)
         return np.asarray(program(self._laid_out(recipe.dtype), context, query, mask))[:rows]
 
@@ -300,6 +299,15 @@ class Predictor:
         dtypes = {recipe.dtype for recipe in recipes}
         self._programs = {key: program for key, program in self._programs.items() if key[2] in recipes}
         self._weights = {dtype: weights for dtype, weights in self._weights.items() if dtype in dtypes}
+
+
+def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array with zeros behind it, up to `shape` on its first axes; itself where it has that shape."""
+    if array.shape[: len(shape)] == shape:
+        return array
+    padded = np.zeros((*shape, *array.shape[len(shape) :]), array.dtype)
+    padded[tuple(slice(size) for size in array.shape)] = array
+    return padded
 
 
 def _sample(config: PredictorConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:
