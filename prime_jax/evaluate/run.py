@@ -43,7 +43,7 @@ def evaluate_run(
         ConfigError: If it carries no configuration to encode texts by.
         DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
     """
-    predictor = load(run)
+    predictor = load(run, precision="float32")  # the same figures on every machine
     if predictor.config is None:
         raise ConfigError(f"{run}: does not say which encoder it was trained with; evaluate a run folder")
     source, info = predictor.config.data, predictor.info()

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from prime_jax.export.bundle import facts_of, write_bundle
         from prime_jax.predict.predictor import load
 
-        predictor = load(given.run)
+        predictor = load(given.run, precision="float32")
         parity = write_bundle(predictor.model, given.out, facts=facts_of(predictor, given.run))
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax export: {mistake}", file=sys.stderr)
