@@ -8,8 +8,6 @@ answer must equal its own single answer to 1e-5. Writes batcher.json.
 
 import argparse
 import asyncio
-import os
-import platform
 import statistics
 import sys
 import time
@@ -18,26 +16,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 import prime_jax
-from prime_jax._version import __version__
-from prime_jax.config import read_config
+from benchmarks.common import facts, random_model
 from prime_jax.files import write_json
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.predictor import Predictor
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 TOLERANCE = 1e-5
 
 
 def served(run: Path | None) -> Predictor:
     """The predictor of a run, or of a random model of the quickstart's shape."""
     if run is not None:
-        return prime_jax.load(run)
-    return Predictor.from_model(read_config(CONFIG, []).model.build(rngs=nnx.Rngs(0)))
+        return prime_jax.load(run, precision="float32")
+    return Predictor.from_model(random_model(), precision="float32")
 
 
 def one_at_a_time(predictor: Predictor, context: np.ndarray, query: np.ndarray) -> list[np.ndarray]:
@@ -133,9 +127,7 @@ def main() -> None:
         print(f"{name:14} {rate:8,.0f} requests/s  {ratio:5.2f} x  differs by {furthest[name]:.0e}")
     print(f"the device alone gains {ceiling:.2f} x from full batches")
     result = {
-        "prime_jax": __version__,
-        "versions": {"python": platform.python_version(), "jax": jax.__version__},
-        "machine": {"device": str(jax.devices()[0].device_kind), "cores": os.cpu_count()},
+        **facts("jax", "jaxlib", "numpy"),
         "parameters": predictor.model.num_params(),
         "callers": given.callers,
         "requests": given.requests,

@@ -1,6 +1,6 @@
 """What `prefix` and `causal` attention cost in retrieval, beside `full`.
 
-    python benchmarks/context_attention.py --data runs/quickstart/data --seeds 0 1 2
+    python -m benchmarks.context_attention --data runs/quickstart/data --seeds 0 1 2
 
 Trains the quickstart's configuration once per mode and seed, searches the test split with the predictions,
 and compares the modes query by query: scores are averaged over the seeds, whole documents are resampled for
@@ -8,8 +8,6 @@ the intervals. Writes context_attention.json; the data and its embeddings are th
 """
 
 import argparse
-import os
-import platform
 import sys
 import tempfile
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import Any
 import numpy as np
 
 import prime_jax
-from prime_jax._version import __version__
+from benchmarks.common import CONFIG, facts
 from prime_jax.config import read_config
 from prime_jax.data.embedded import embed_dataset
 from prime_jax.data.encode import load_encoder
@@ -31,7 +29,6 @@ from prime_jax.files import write_json
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.train.__main__ import main as train
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 MODES = ("full", "prefix", "causal")
 
 
@@ -62,8 +59,7 @@ def main() -> None:
             runs.append(ranking_metrics(indices, test.positives))
         scores[mode] = {metric: np.stack([run[metric] for run in runs]) for metric in COMPARED}
     result = {
-        "prime_jax": __version__,
-        "machine": {"processor": platform.machine(), "cores": os.cpu_count(), "device": "cpu"},
+        **facts("jax", "flax", "optax"),
         "queries": len(test.query),
         "documents": len(np.unique(groups)),
         "seeds": given.seeds,

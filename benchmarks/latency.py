@@ -13,10 +13,8 @@ also at batch 256.
 import argparse
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +23,9 @@ import numpy as np
 from flax import nnx
 from rich.table import Table
 
+from benchmarks.common import facts
 from benchmarks.contenders import CONTENDERS, ON_CPU, ON_GPU, TURNS, serve
 from benchmarks.floor import floor, operations, rates
-from prime_jax._version import __version__
 from prime_jax.export.optional import need
 from prime_jax.export.to_onnx import to_onnx
 from prime_jax.files import write_json
@@ -142,9 +140,7 @@ def main() -> None:
         write_model(Path(folder), config, onnx=any(name.startswith("ONNX") for name in names))
         results = measure(Path(folder), names, batches, given.rounds)
     summary = {
-        "prime_jax": __version__,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-        "machine": {"device": device_name(gpu), "cores": os.cpu_count(), "platform": platform.platform()},
+        **facts(*PACKAGES),
         "measured_rates": measured,
         "model": {"hidden_dim": given.hidden_dim, "operations": operations(config)},
         "rounds": given.rounds,
@@ -155,15 +151,6 @@ def main() -> None:
     for batch in batches:
         console.print(table(batch, summary["batches"][str(batch)]))
     plot(summary, given.out / f"latency_{device}.png")
-
-
-def device_name(gpu: bool) -> str:
-    """What was measured on, as its maker calls it."""
-    if gpu:
-        return str(jax.devices()[0].device_kind)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "cpu")
 
 
 def table(batch: int, figures: dict[str, Any]) -> Table:

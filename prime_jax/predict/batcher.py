@@ -110,7 +110,8 @@ class Batcher:
                 self._drop_cancelled()
             if len(self._queue) >= self._max_queue:
                 raise OverloadedError(f"{len(self._queue)} requests are waiting already; try again later")
-            self._queue.append(_Waiting(contexts[0], queries[0], mask[0], time.monotonic(), future))
+            arrived = time.monotonic()
+            self._queue.append(_Waiting(contexts[0], queries[0], mask[0].copy(), arrived, future))
             self._changed.notify()
         return future
 
@@ -185,7 +186,7 @@ class Batcher:
                 self._answer([waiting])
             return
         self._count(len(batch))
-        for waiting, answer in zip(batch, answers, strict=True):
+        for waiting, answer in zip(batch, answers, strict=True):  # `_call` has counted them
             waiting.answer.set_result(answer)
 
     def _call(self, batch: list[_Waiting]) -> np.ndarray:
@@ -199,7 +200,10 @@ class Batcher:
             self._calls += 1
         if self._on_call is not None:
             self._on_call(len(batch))
-        return self._predict(context, np.stack([waiting.query for waiting in batch]), mask)
+        answers = self._predict(context, np.stack([waiting.query for waiting in batch]), mask)
+        if len(answers) != len(batch):
+            raise PredictorError(f"{len(batch)} requests were answered with {len(answers)} predictions")
+        return answers
 
     def _count(self, answered: int) -> None:
         with self._changed:

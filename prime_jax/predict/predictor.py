@@ -154,8 +154,8 @@ class Predictor:
     def session(self, batch: int = 1, *, precision: Precision | None = None) -> Session:
         """Start a conversation, or `batch` of them side by side, whose turns are not computed anew each time.
 
-        It pays with `context_attention: causal`; docs/serving.md says when. Everything it needs is compiled
-        here, once for each batch size.
+        It pays with `context_attention: causal`; docs/predicting.md says when. Everything it needs is
+        compiled here, once for each batch size.
 
         Args:
             batch: How many conversations advance together.

@@ -57,6 +57,8 @@ def _embedding(value: Any) -> np.ndarray:
 
 
 def _numbers(value: Any) -> np.ndarray:
+    if not isinstance(value, np.ndarray) and not set(map(type, value)) <= {float, int, list, tuple}:
+        raise ValueError("must hold numbers only")  # numpy would take True for 1
     try:
         array = np.asarray(value)
     except ValueError:

@@ -60,7 +60,7 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     batcher = predictor.batcher(
         max_delay_ms=settings.max_delay_ms, max_queue=settings.max_queue, on_call=metrics.batch.observe
     )
-    sessions = Sessions(predictor.session, settings.max_sessions, settings.session_idle_s)
+    sessions = Sessions(settings.max_sessions, settings.session_idle_s)
     if settings.max_sessions:
         predictor.session()  # compiled now, not at the first request
 
@@ -70,10 +70,11 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
         await asyncio.to_thread(batcher.close)
 
     app = FastAPI(title="prime-jax", version=__version__, lifespan=lifespan)
-    app.add_middleware(BodyLimit, limit=settings.body_limit(predictor.model.config))
+    limit = settings.body_limit(predictor.model.config)
+    app.add_middleware(BodyLimit, limit=limit, seconds=settings.timeout_s)
     app.add_middleware(Observe, metrics=metrics)
     _answer_errors(app)
-    app.include_router(_session_routes(sessions, settings))
+    app.include_router(_session_routes(predictor, sessions, settings))
     metrics.gauge("queue_depth", "Requests that wait for the device.", lambda: batcher.stats().waiting)
     metrics.gauge("sessions", "Sessions kept.", lambda: len(sessions))
 
@@ -96,9 +97,11 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     return app
 
 
-def _session_routes(sessions: Sessions, settings: ServeSettings) -> APIRouter:
+def _session_routes(predictor: Predictor, sessions: Sessions, settings: ServeSettings) -> APIRouter:
     """Conversations kept by this process. A replica knows only its own, so route a session to one replica."""
     routes = APIRouter(prefix="/sessions", tags=["sessions"], responses=_FAULTS)
+
+    running: set[asyncio.Task[Any]] = set()
 
     def enabled() -> None:
         if settings.max_sessions == 0:
@@ -111,18 +114,24 @@ def _session_routes(sessions: Sessions, settings: ServeSettings) -> APIRouter:
         """Run `work(session)` on a thread, one at a time for each session, and always to its end."""
         enabled()
         kept = sessions.find(name)
+        if len(running) >= settings.max_queue:
+            raise OverloadedError(f"{len(running)} requests to sessions are waiting already; try again later")
 
         async def alone() -> T:
             async with kept.lock:
                 return await asyncio.to_thread(work, kept.session)
 
-        return await _in_time(request, asyncio.shield(alone()), settings.timeout_s)
+        task = asyncio.create_task(alone())
+        running.add(task)
+        task.add_done_callback(running.discard)
+        return await _in_time(request, asyncio.shield(task), settings.timeout_s)
 
     @routes.post("", status_code=201)
     async def create() -> SessionState:
         """Start a session."""
         enabled()
-        return SessionState(id=sessions.create(), turns=0)
+        sessions.make_room()
+        return SessionState(id=sessions.keep(await asyncio.to_thread(predictor.session)), turns=0)
 
     @routes.get("/{name}")
     async def look(request: Request, name: str) -> SessionState:
@@ -221,6 +230,7 @@ class Fault(Frozen):
 
 _FAULTS: dict[int | str, dict[str, Any]] = {
     400: {"model": Fault, "description": "not JSON"},
+    408: {"model": Fault, "description": "the body did not come in time"},
     413: {"model": Fault, "description": "body too large"},
     415: {"model": Fault, "description": "the body is not called JSON"},
     422: {"model": Fault, "description": "wrong shape or dimension, NaN, unknown field"},

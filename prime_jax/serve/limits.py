@@ -1,5 +1,6 @@
 """What stands before every request: a bound on its body, a count of its answer, an answer to failures."""
 
+import asyncio
 import logging
 import time
 from typing import Any
@@ -16,10 +17,10 @@ GONE = 499
 
 
 class BodyLimit:
-    """Answers 413 to a body above the limit, and reads no more of it than that."""
+    """Answers 413 to a body above the limit, of which no more is read, and 408 to one that takes too long."""
 
-    def __init__(self, app: ASGIApp, limit: int):
-        self._app, self._limit = app, limit
+    def __init__(self, app: ASGIApp, limit: int, seconds: float):
+        self._app, self._limit, self._seconds = app, limit, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Read the body, then hand it on in one piece."""
@@ -28,19 +29,19 @@ class BodyLimit:
             return
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
-            await self._refuse(scope, receive, send)
+            await self._too_large(scope, receive, send)
             return
-        body, more = bytearray(), True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return
-            body += message.get("body", b"")
-            more = message.get("more_body", False)
-            if len(body) > self._limit:
-                await self._refuse(scope, receive, send)
-                return
-        whole: Message | None = {"type": "http.request", "body": bytes(body), "more_body": False}
+        try:
+            body = await asyncio.wait_for(self._read(receive), self._seconds)
+        except TimeoutError:
+            await _refuse(408, f"the body took longer than {self._seconds:g} s", scope, receive, send)
+            return
+        if body is None:
+            return
+        if len(body) > self._limit:
+            await self._too_large(scope, receive, send)
+            return
+        whole: Message | None = {"type": "http.request", "body": body, "more_body": False}
 
         async def replay() -> Message:
             nonlocal whole
@@ -49,11 +50,24 @@ class BodyLimit:
 
         await self._app(scope, replay, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = JSONResponse(
-            {"error": f"the body is larger than {self._limit} bytes"}, 413, {"Connection": "close"}
-        )
-        await answer(scope, receive, send)
+    async def _read(self, receive: Receive) -> bytes | None:
+        """The body, or its beginning where it is too large; None where the client hangs up."""
+        body, more = bytearray(), True
+        while more and len(body) <= self._limit:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return bytes(body)
+
+    async def _too_large(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await _refuse(413, f"the body is larger than {self._limit} bytes", scope, receive, send)
+
+
+async def _refuse(status: int, why: str, scope: Scope, receive: Receive, send: Send) -> None:
+    """Answer before the body is read to its end, and close the connection."""
+    await JSONResponse({"error": why}, status, {"Connection": "close"})(scope, receive, send)
 
 
 class Observe:

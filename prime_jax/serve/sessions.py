@@ -27,37 +27,37 @@ class Sessions:
     """Sessions by id, at most so many, dropped when unused for long. Lives on one event loop.
 
     Args:
-        start: Makes a session.
         most: How many are kept; 0 keeps none.
         idle_s: After how many seconds without use a session is dropped.
         clock: Seconds, for tests.
     """
 
-    def __init__(
-        self,
-        start: Callable[[], Session],
-        most: int,
-        idle_s: float,
-        clock: Callable[[], float] = time.monotonic,
-    ):
-        self._start, self._most, self._idle, self._clock = start, most, idle_s, clock
+    def __init__(self, most: int, idle_s: float, clock: Callable[[], float] = time.monotonic):
+        self._most, self._idle, self._clock = most, idle_s, clock
         self._kept: dict[str, Kept] = {}
 
     def __len__(self) -> int:
         self._drop_idle()
         return len(self._kept)
 
-    def create(self) -> str:
-        """Start a session and return its id, 128 random bits.
+    def make_room(self) -> None:
+        """Drop what is idle.
 
         Raises:
             OverloadedError: If no more can be kept.
         """
-        self._drop_idle()
-        if len(self._kept) >= self._most:
+        if len(self) >= self._most:
             raise OverloadedError(f"all {self._most} sessions are in use; try again later")
+
+    def keep(self, session: Session) -> str:
+        """Keep a session and return its id, 128 random bits.
+
+        Raises:
+            OverloadedError: If no more can be kept.
+        """
+        self.make_room()
         name = secrets.token_urlsafe(16)
-        self._kept[name] = Kept(self._start(), used=self._clock())
+        self._kept[name] = Kept(session, used=self._clock())
         return name
 
     def find(self, name: str) -> Kept:

@@ -143,6 +143,29 @@ def test_errors_stay_with_their_request(device: Device) -> None:
     assert device.sizes == [1, 1, 3, 1, 1, 1, 1]
 
 
+def test_too_few_answers_fail_their_requests_and_nothing_else() -> None:
+    short = Device()
+    short.let_go(10)
+    predict = short.predict
+    short.predict = lambda *arrays: predict(*arrays)[:-1]  # type: ignore[method-assign]
+    with batcher(short) as batch:
+        with pytest.raises(PredictorError, match="1 requests were answered with 0 predictions"):
+            ask(batch, 1).result(30)
+        with pytest.raises(PredictorError, match="1 requests were answered with 0 predictions"):
+            ask(batch, 2).result(30)
+
+
+def test_what_the_caller_changes_afterwards_does_not_matter(device: Device) -> None:
+    with batcher(device) as batch:
+        ask(batch, 0)
+        assert device.started.acquire(timeout=30)
+        context, query, mask = np.zeros((2, 2), np.float32), np.ones(2, np.float32), np.ones(2, bool)
+        later = batch.submit(context, query, mask)
+        mask[:] = False
+        device.let_go(10)
+        assert later.result(30)[0] == 3
+
+
 def test_bad_input_is_refused_on_the_callers_thread(predictor: Predictor) -> None:
     with predictor.batcher() as batch:
         with pytest.raises(PredictorError, match=r"query\[0\] holds NaN"):

@@ -49,7 +49,8 @@ def test_base64_is_little_endian_float32() -> None:
         ({"context_embeddings": [[]]}, "turn 0 must be a list of numbers, not empty"),
         ({"context_embeddings": [[1.0, 2.0], [1.0]]}, "turn 1 has 1 numbers, turn 0 has 2"),
         ({"context_embeddings": [[1.0, 2.0], ["1", "2"]]}, "turn 1 must hold numbers only"),
-        ({"context_embeddings": [[1.0, True], [1.0, None]]}, "turn 1 must hold numbers only"),
+        ({"context_embeddings": [[1.0, 2.0], [1.0, None]]}, "turn 1 must hold numbers only"),
+        ({"query_embedding": [True, 0.5]}, "must hold numbers only"),
         ({"context_embeddings": [[[1.0], [2.0, 3.0]]]}, "turn 0 must be a list of numbers, not nested"),
         (
             {"context_embeddings": [[[1.0, 2.0]]]},

@@ -126,6 +126,13 @@ def test_a_body_too_large_is_refused_unread(served: Served) -> None:
     assert served.client.get("/health").status_code == 200
 
 
+def test_a_body_that_comes_too_slowly_is_given_up(serve: Any) -> None:
+    with serve(timeout_s=0.2) as started, socket.create_connection(("127.0.0.1", started.port)) as slow:
+        slow.sendall(b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        assert b"408 Request Timeout" in slow.recv(100)
+        assert started.client.get("/health").status_code == 200
+
+
 def test_a_full_window_as_text_fits(served: Served) -> None:
     turns = (RNG.normal(size=(N, D)) / 3).tolist()
     longest = json.dumps(body(context_embeddings=turns), indent=1)

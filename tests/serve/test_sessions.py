@@ -1,5 +1,6 @@
 """Conversations kept by the server."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +11,7 @@ from predictors import D, N
 
 from prime_jax.errors import OverloadedError
 from prime_jax.predict.predictor import Predictor
+from prime_jax.predict.session import Session
 from prime_jax.serve.sessions import NoSuchSessionError, Sessions
 
 JSON = {"content-type": "application/json"}
@@ -96,20 +98,45 @@ def test_a_stateless_server_says_how_to_get_sessions(serve: Any) -> None:
             assert "start it with --max-sessions" in answer.json()["error"]
 
 
+def test_waiting_requests_to_sessions_are_bounded(
+    serve: Any, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entered, opened = threading.Event(), threading.Event()
+    predict = Session.predict
+
+    def held(session: Session, query: np.ndarray) -> np.ndarray:
+        entered.set()
+        assert opened.wait(30)
+        return predict(session, query)
+
+    monkeypatch.setattr(Session, "predict", held)
+    with serve(max_sessions=1, max_queue=1) as started, ThreadPoolExecutor(1) as pool:
+        path = start(started)
+        first = pool.submit(predicted, started, path)
+        assert entered.wait(30)
+        refused = started.client.get(path)
+        assert refused.status_code == 503
+        assert "1 requests to sessions are waiting already" in refused.json()["error"]
+        opened.set()
+        assert first.result(30).shape == (D,)
+        assert started.client.get(path).status_code == 200
+
+
 def test_idle_sessions_are_dropped_but_not_those_in_use(predictor: Predictor) -> None:
     now = 0.0
-    kept = Sessions(predictor.session, most=2, idle_s=10.0, clock=lambda: now)
-    first, second = kept.create(), kept.create()
+    kept = Sessions(most=2, idle_s=10.0, clock=lambda: now)
+    session = predictor.session()
+    first, second = kept.keep(session), kept.keep(session)
     assert first != second
     with pytest.raises(OverloadedError):
-        kept.create()
+        kept.keep(session)
     now = 8.0
     kept.find(first)
     now = 12.0
     assert len(kept) == 1
     with pytest.raises(NoSuchSessionError):
         kept.find(second)
-    kept.create()
+    kept.keep(session)
     kept.drop(first)
     with pytest.raises(NoSuchSessionError):
         kept.drop(first)
