@@ -198,7 +198,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
                 figures["floor"][dtype]["overlapped_ms"], color="#d9822b", ls=style, label=f"floor {dtype}"
             )
         axes.set(title=f"batch {batch}", xlabel="median ms (less is better)")
-        axes.margins(x=0.15)
+        axes.margins(x=0.18)
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(panels)[-1].legend(loc="lower right", frameon=False)

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.predict.predictor import Predictor
 
 pytestmark = pytest.mark.gpu
 
@@ -30,3 +31,32 @@ def test_forward_and_gradient_on_the_gpu_equal_those_on_the_cpu() -> None:
             results.append(jax.tree.leaves(jax.value_and_grad(loss)(jax.device_put(params, device))))
     for left, right in zip(*results, strict=True):
         np.testing.assert_allclose(np.asarray(left), np.asarray(right), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["full", "prefix", "causal"])
+def test_predicting_on_the_gpu_in_every_precision(mode: str) -> None:
+    """float32 equals the model to 1e-4; bfloat16, however it is computed, points where float32 does."""
+    config = PredictorConfig(
+        input_dim=64,
+        output_dim=64,
+        hidden_dim=256,
+        num_layers=2,
+        context_attention=mode,
+        use_torch_compile=False,
+    )
+    model = EmbeddingPredictor(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(0)
+    context = rng.normal(size=(40, 10, 64)).astype(np.float32)
+    query = rng.normal(size=(40, 64)).astype(np.float32)
+    with jax.default_matmul_precision("highest"):
+        expected = np.asarray(model(jnp.asarray(context), jnp.asarray(query)))
+    exact = Predictor.from_model(model, precision="float32")
+    half = Predictor.from_model(model, precision="bfloat16")
+    np.testing.assert_allclose(exact.predict(context, query), expected, atol=1e-4)
+    assert (half.predict(context, query) * expected).sum(axis=-1).min() > 0.999
+    assert half.info()["precision"][32]["why"].startswith("set by hand; measured")
+    session = exact.session(40)
+    for turn in range(10):
+        session.append(context[:, turn])
+        session.predict(query)
+    np.testing.assert_allclose(session.predict(query), expected, atol=1e-4)

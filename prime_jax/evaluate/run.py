@@ -132,7 +132,7 @@ def _facts(
             "turns": {name: int((part.context_rows >= 0).sum()) for name, part in embedded.splits.items()},
             "windowed": {name: part.windowed for name, part in embedded.splits.items()},
         },
-        "run": dict(info),
+        "run": {name: fact for name, fact in info.items() if name != "warmup_seconds"},  # the same each time
         "versions": {
             **{name: version(name) for name in _PACKAGES},
             "python": platform.python_version(),
