@@ -78,7 +78,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def command(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def start(fake: FakeRun, *more: str) -> int:
-        monkeypatch.setattr(run_module, "load", lambda path: fake)
+        monkeypatch.setattr(run_module, "load", lambda path, precision: fake)
         monkeypatch.setattr(run_module, "load_encoder", lambda name: WordEncoder())
         folders = ["--run", "runs/x", "--data", str(prepared), "--out", str(tmp_path / "report")]
         return main([*folders, "--store", str(tmp_path / "store"), *more])
