@@ -3,7 +3,7 @@
     python -m benchmarks.batcher --run runs/quickstart
 
 Without a run, a random model of the quickstart's shape serves. Both ways take turns for several rounds; every
-answer must equal its own single answer to 1e-5. Writes batcher.json.
+answer must equal its own single answer to 1e-5. Writes batcher.json, or batcher_<config>.json.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 import prime_jax
-from benchmarks.common import facts, random_model
+from benchmarks.common import CONFIG, facts, random_model
 from prime_jax.files import write_json
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.predictor import Predictor
@@ -27,11 +27,11 @@ from prime_jax.predict.predictor import Predictor
 TOLERANCE = 1e-5
 
 
-def served(run: Path | None) -> Predictor:
-    """The predictor of a run, or of a random model of the quickstart's shape."""
+def served(run: Path | None, config: Path, precision: Any) -> Predictor:
+    """The predictor of a run, or of a random model of a configuration."""
     if run is not None:
-        return prime_jax.load(run, precision="float32")
-    return Predictor.from_model(random_model(), precision="float32")
+        return prime_jax.load(run, precision=precision)
+    return Predictor.from_model(random_model(config), precision=precision)
 
 
 def one_at_a_time(predictor: Predictor, context: np.ndarray, query: np.ndarray) -> list[np.ndarray]:
@@ -82,12 +82,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path)
+    parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--callers", type=int, default=64)
     parser.add_argument("--requests", type=int, default=2048, help="in each round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
     given = parser.parse_args()
-    predictor = served(given.run)
+    predictor = served(given.run, given.config, given.precision)
     config = predictor.model.config
     random = np.random.default_rng(0)
     context = random.normal(size=(given.requests, config.max_context_length, config.input_dim)).astype(
@@ -129,6 +131,7 @@ def main() -> None:
     result = {
         **facts("jax", "jaxlib", "numpy"),
         "parameters": predictor.model.num_params(),
+        "precision": given.precision,
         "callers": given.callers,
         "requests": given.requests,
         "rounds": given.rounds,
@@ -136,8 +139,9 @@ def main() -> None:
         "device_gain": ceiling,
         "ways": figures,
     }
-    write_json(given.out / "batcher.json", result)
-    if max(furthest.values()) > TOLERANCE:
+    name = "batcher" if given.config == CONFIG else f"batcher_{given.config.stem}"
+    write_json(given.out / f"{name}.json", result)
+    if given.precision == "float32" and max(furthest.values()) > TOLERANCE:
         sys.exit(f"an answer differs from its own single answer by more than {TOLERANCE}")
 
 

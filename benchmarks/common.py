@@ -24,12 +24,13 @@ class Asked(NamedTuple):
     query: np.ndarray
 
 
-def random_model() -> EmbeddingPredictor:
-    """The quickstart's model with random weights, its gate open: closed, it would ignore its own layers."""
-    config = read_config(CONFIG).model
+def random_model(file: Path = CONFIG) -> EmbeddingPredictor:
+    """A configuration's model with random weights, its gate open: closed, it would ignore its own layers."""
+    config = read_config(file).model
     assert isinstance(config, PredictorConfig)
     model = config.build(rngs=nnx.Rngs(0))
-    model.residual_gate[...] = 1.0
+    if config.residual != "none":
+        model.residual_gate[...] = 1.0
     return model
 
 
