@@ -3,6 +3,7 @@
 import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,6 +44,24 @@ def test_forward_equals_the_model(fields: dict[str, Any], dtype: Any, tolerance:
         lay_out(model, dtype), *map(jnp.asarray, requests(7)), config=model.config, attention="float32"
     )
     np.testing.assert_allclose(answers, expected(model, *requests(7)), atol=tolerance)
+
+
+@pytest.mark.parametrize("attention", ["bfloat16", "cudnn"])
+def test_the_gpus_ways_of_attention(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN itself is not here; the same call computed by XLA shows that mask, scale and layout are right."""
+    fused = jax.nn.dot_product_attention
+
+    def by_xla(*arrays: Any, implementation: str, **options: Any) -> Any:
+        assert implementation == "cudnn"
+        assert all(array.dtype == jnp.bfloat16 for array in arrays)
+        return fused(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    model = make(context_attention="causal", residual="none")
+    answers = forward(
+        lay_out(model, "bfloat16"), *map(jnp.asarray, requests(7)), config=model.config, attention=attention
+    )
+    assert (np.asarray(answers) * expected(model, *requests(7))).sum(axis=-1).min() > 0.999
 
 
 def test_max_delta_holds_in_the_compiled_pass() -> None:
