@@ -40,6 +40,10 @@ class TrainingConfig(Frozen):
         default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
     )
     accumulate_grad_batches: int = Field(default=1, ge=1, description="batches per optimizer update")
+    negatives: Literal["batch", "corpus"] = Field(
+        default="batch", description="what a prediction is told from: the batch's targets, or all passages"
+    )
+    corpus_chunk: int = Field(default=8192, ge=1, description="passages at a time for negatives: corpus")
     num_negatives: int = Field(default=0, ge=0, description="explicit negatives per example, from the data")
     seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
     eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")

@@ -113,12 +113,19 @@ def _files_under(folder: Path) -> list[Path]:
 
 
 def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
-    """Record the size and SHA-256 of every file in `folder` in its manifest.json (SEC-PRED-001)."""
+    """Record size and SHA-256 of every file in `folder` in its manifest.json, and its own (SEC-PRED-001)."""
     files = {
         file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
         for file in _files_under(folder)
     }
-    write_json(folder / MANIFEST, {"kind": kind, "format_version": FORMAT_VERSION, **facts, "files": files})
+    manifest = {"kind": kind, "format_version": FORMAT_VERSION, **facts, "files": files}
+    write_json(folder / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, whatever its layout."""
+    rest = {name: fact for name, fact in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def verify_manifest(
@@ -140,6 +147,8 @@ def verify_manifest(
             f"{folder / MANIFEST}: format version {manifest.get('format_version')!r}, "
             f"this library reads version {FORMAT_VERSION}"
         )
+    if manifest.get("sha256") != manifest_digest(manifest):
+        raise CheckpointError(f"{folder / MANIFEST}: damaged or changed, it differs from its own SHA-256")
     listed: dict[str, Any] = manifest["files"]
     for name in listed:
         if Path(name).is_absolute() or ".." in Path(name).parts:

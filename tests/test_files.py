@@ -2,11 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from prime_jax.errors import CheckpointError, DataError
-from prime_jax.files import atomic_folder, atomic_path, read_json, verify_manifest, write_json, write_manifest
+from prime_jax.files import (
+    atomic_folder,
+    atomic_path,
+    manifest_digest,
+    read_json,
+    verify_manifest,
+    write_json,
+    write_manifest,
+)
 
 
 def fill_the_disk(path: Path, *, folder: bool = False) -> None:
@@ -64,6 +73,27 @@ def test_any_flipped_bit_is_caught(sealed: Path, offset: int) -> None:
         verify_manifest(sealed, "thing")
 
 
+@pytest.mark.parametrize("bit", [0x01, 0x10, 0x80])
+def test_any_flipped_bit_of_the_manifest_is_caught(sealed: Path, bit: int) -> None:
+    """In a file's hash, a fact, a key or the layout."""
+    file = sealed / "manifest.json"
+    whole = file.read_bytes()
+    for offset in range(len(whole)):
+        data = bytearray(whole)
+        data[offset] ^= bit
+        file.write_bytes(data)
+        if json.loads(whole) != _json_or_none(data):  # one blank for another changes nothing
+            with pytest.raises(CheckpointError, match=r"manifest\.json"):
+                verify_manifest(sealed, "thing")
+
+
+def _json_or_none(data: bytes) -> Any:
+    try:
+        return json.loads(data)
+    except ValueError:
+        return None
+
+
 def test_truncated_missing_and_added_files_are_caught(sealed: Path) -> None:
     file = sealed / "deep" / "weights"
     file.write_bytes(file.read_bytes()[:-1])
@@ -81,7 +111,7 @@ def test_truncated_missing_and_added_files_are_caught(sealed: Path) -> None:
 def test_a_manifest_cannot_reach_outside(sealed: Path, name: str) -> None:
     manifest = read_json(sealed / "manifest.json")
     manifest["files"][name] = {"bytes": 1, "sha256": "0"}
-    write_json(sealed / "manifest.json", manifest)
+    write_json(sealed / "manifest.json", manifest | {"sha256": manifest_digest(manifest)})
     with pytest.raises(CheckpointError, match="leaves the folder"):
         verify_manifest(sealed, "thing")
 

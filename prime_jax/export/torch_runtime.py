@@ -304,6 +304,9 @@ def verify(folder: str | Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{where}: format version {manifest.get('format_version')!r}, this code reads {FORMAT_VERSION}"
         )
+    rest = {name: fact for name, fact in manifest.items() if name != "sha256"}
+    if manifest.get("sha256") != hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest():
+        raise CheckpointError(f"{where}: damaged or changed, it differs from its own SHA-256")
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")

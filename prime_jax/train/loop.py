@@ -14,6 +14,7 @@ from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.pipeline import steps_per_epoch, training_batches
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_text
+from prime_jax.losses.corpus import Corpus, in_chunks
 from prime_jax.progress import console, progress
 from prime_jax.train import checkpoints
 from prime_jax.train.interrupt import interruptible
@@ -97,7 +98,11 @@ class _Run:
         dtype = jnp.bfloat16 if settings.mixed_precision else jnp.float32
         graph = build_graph(config.model, dtype)
         self.step = make_train_step(
-            graph, optimizer, temperature=settings.temperature, remat=settings.gradient_checkpointing
+            graph,
+            optimizer,
+            temperature=settings.temperature,
+            remat=settings.gradient_checkpointing,
+            corpus=self._corpus(data) if settings.negatives == "corpus" else None,
         )
         self.batches = training_batches(
             data,
@@ -110,6 +115,12 @@ class _Run:
         self.validate = Validator(build_graph(config.model, jnp.float32), data, "dev")
         self.history = History(out, until_step=0)
         self.scores: dict[str, float] = {}
+
+    def _corpus(self, data: EmbeddedDataset) -> Corpus:
+        """All passages on every device."""
+        whole = in_chunks(data.corpus(), self.config.train.corpus_chunk)
+        placed: Corpus = jax.device_put(whole, replicated(self.mesh))
+        return placed
 
     def restore(self) -> None:
         """Continue where the newest checkpoint ended: parameters, optimizer, data order, history."""

@@ -105,3 +105,5 @@ def warn_of_unused(config: Config) -> None:
     name = "y_encoder_lr_multiplier"
     if getattr(config.train, name) != type(config.train).model_fields[name].default:
         console.print(f"train.{name} has no effect: targets are frozen embeddings", soft_wrap=True)
+    if config.train.negatives == "corpus" and config.train.num_negatives:
+        console.print("train.num_negatives has no effect: all passages are negatives already", soft_wrap=True)

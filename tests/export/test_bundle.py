@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from prime_jax.export import bundle as module
 from prime_jax.export import golden, torch_runtime
 from prime_jax.export.bundle import facts_of, write_bundle
 from prime_jax.export.to_torch import state_dict
-from prime_jax.files import read_json, write_manifest
+from prime_jax.files import manifest_digest, read_json, write_manifest
 
 FILES = [
     "MODEL_CARD.md",
@@ -136,6 +137,19 @@ def test_a_missing_file_is_named(copied: Path, name: str) -> None:
         torch_runtime.load_bundle(copied)
 
 
+def reseal(bundle: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with the checksum it would have."""
+    sealed = manifest | {"sha256": manifest_digest(manifest)}
+    (bundle / "manifest.json").write_text(json.dumps(sealed))
+
+
+def test_a_changed_fact_in_the_manifest_is_caught(copied: Path) -> None:
+    manifest = read_json(copied / "manifest.json") | {"step": 8}
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(torch_runtime.CheckpointError, match="differs from its own SHA-256"):
+        torch_runtime.load_bundle(copied)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -146,8 +160,7 @@ def test_a_missing_file_is_named(copied: Path, name: str) -> None:
     ],
 )
 def test_a_strange_manifest_is_refused(copied: Path, change: dict[str, object], message: str) -> None:
-    manifest = read_json(copied / "manifest.json") | change
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    reseal(copied, read_json(copied / "manifest.json") | change)
     with pytest.raises(torch_runtime.CheckpointError, match=message):
         torch_runtime.load_bundle(copied)
 
@@ -157,7 +170,7 @@ def test_a_path_that_leaves_the_folder_is_refused(copied: Path, name: str) -> No
     (copied.parent / "secret").write_text("")
     manifest = read_json(copied / "manifest.json")
     manifest["files"][name] = manifest["files"]["config.json"]
-    (copied / "manifest.json").write_text(json.dumps(manifest))
+    reseal(copied, manifest)
     with pytest.raises(torch_runtime.CheckpointError, match="leaves the folder"):
         torch_runtime.load_bundle(copied)
 

@@ -18,6 +18,7 @@ from prime_jax.train import checkpoints, loop
 from prime_jax.train import interrupt as interrupt_module
 from prime_jax.train.__main__ import main
 from prime_jax.train.checkpoints import load_model
+from prime_jax.train.setup import warn_of_unused
 from prime_jax.train.state import pure_params
 
 
@@ -61,6 +62,31 @@ def test_a_run_learns_and_leaves_everything_behind(
     assert kept[-1].step == 40
     assert checkpoints.best(run).score == max(row["MRR@10"] for row in validation)
     assert len(kept) <= 2
+
+
+def test_the_whole_corpus_as_negatives(settings: list[str], tmp_path: Path) -> None:
+    """Every passage but a row's right answers; how the corpus is cut changes nothing."""
+    passages = len((Path(settings[-1]) / "corpus.jsonl").read_text().splitlines())
+    losses = []
+    for chunk in ("7", "8192"):
+        run = tmp_path / chunk
+        options = ["--train.negatives", "corpus", "--train.corpus-chunk", chunk, "--train.num-epochs", "6"]
+        assert main([*settings, *options, "--out", str(run)]) == 0
+        rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+        training = [row for row in rows if "loss" in row]
+        assert training[0]["negatives"] == passages - 1
+        assert training[0]["chance"] == pytest.approx(np.log(passages), rel=1e-5)
+        assert training[-1]["loss"] < 0.8 * training[0]["loss"]
+        losses.append([row["loss"] for row in training])
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-3)
+
+
+def test_explicit_negatives_beside_the_corpus_are_said_to_do_nothing(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config.train.model_copy(update={"negatives": "corpus", "num_negatives": 2})
+    warn_of_unused(config.model_copy(update={"train": settings}))
+    assert "train.num_negatives has no effect" in capsys.readouterr().err
 
 
 def test_bfloat16_remat_and_accumulation_learn_too(settings: list[str], tmp_path: Path) -> None:

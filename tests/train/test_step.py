@@ -8,6 +8,7 @@ import pytest
 
 from prime_jax.config import MeshConfig, TrainingConfig
 from prime_jax.errors import ConfigError
+from prime_jax.losses.corpus import in_chunks
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.train.optim import make_optimizer
 from prime_jax.train.sharding import make_mesh, replicated, split_batch
@@ -35,13 +36,17 @@ def batch(seed: int) -> Batch:
     )
 
 
-def run(devices: int, steps: int, dropout: float = 0.0) -> tuple[TrainState, list[float]]:
+def run(
+    devices: int, steps: int, dropout: float = 0.0, negatives: np.ndarray | None = None
+) -> tuple[TrainState, list[float]]:
     """Steps of plain gradient descent, whose parameters show the gradient itself."""
     model = MODEL.model_copy(update={"dropout": dropout})
     optimizer = optax.sgd(0.1)
     mesh = make_mesh(MeshConfig(data=devices), 8)
     state = jax.device_put(init_state(model, optimizer, seed=0), replicated(mesh))
-    step = make_train_step(build_graph(model, jnp.float32), optimizer, temperature=0.07, remat=False)
+    corpus = None if negatives is None else jax.device_put(in_chunks(negatives, 7), replicated(mesh))
+    graph = build_graph(model, jnp.float32)
+    step = make_train_step(graph, optimizer, temperature=0.07, remat=False, corpus=corpus)
     losses = []
     for number in range(steps):
         state, metrics = step(state, split_batch(batch(number), mesh))
@@ -49,10 +54,11 @@ def run(devices: int, steps: int, dropout: float = 0.0) -> tuple[TrainState, lis
     return state, losses
 
 
-def test_two_devices_equal_one() -> None:
-    """In-batch negatives are global, so splitting the batch changes nothing."""
-    one, losses_of_one = run(1, 3)
-    two, losses_of_two = run(2, 3)
+@pytest.mark.parametrize("negatives", [None, np.random.default_rng(9).normal(size=(40, 8)).astype("f4")])
+def test_two_devices_equal_one(negatives: np.ndarray | None) -> None:
+    """In-batch negatives are global, corpus negatives everywhere, so splitting the batch changes nothing."""
+    one, losses_of_one = run(1, 3, negatives=negatives)
+    two, losses_of_two = run(2, 3, negatives=negatives)
     np.testing.assert_allclose(losses_of_one, losses_of_two, rtol=1e-5)
     for left, right in zip(jax.tree.leaves(one.params), jax.tree.leaves(two.params), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5)
