@@ -73,7 +73,11 @@ def _processor() -> str:
 
 @contextmanager
 def _kept(folder: Path | None) -> Iterator[None]:
-    """Let JAX keep what it compiles in `folder` meanwhile; an unusable folder costs only time."""
+    """Let JAX keep what it compiles in `folder` meanwhile; an unusable folder costs only time.
+
+    The folder is a setting of the whole process. Where other threads compile at that moment, JAX may miss one
+    program, which is then kept the next time.
+    """
     if folder is None:
         yield
         return
