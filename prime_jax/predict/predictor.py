@@ -244,13 +244,14 @@ class Predictor:
     def _run(self, context: Vectors, query: Vectors, mask: np.ndarray) -> Vectors:
         """Predict up to max_batch_size rows, padded to the next compiled shape."""
         rows = len(mask)
-        recipe = EXACT if self._precision != "bfloat16" else self._choice(self._buckets[-1]).recipe
         if self.model.config.use_static_cache:
             batch = next(size for size in self._buckets if size >= rows)
             recipe = self._choice(batch).recipe
             shape = (batch, self.model.config.max_context_length)
             context, query = _padded(context, shape), _padded(query, shape[:1])
             mask = _padded(mask, shape)
+        else:  # no fixed shape to measure: what was asked for, or exact
+            recipe = self._choice(self._buckets[-1]).recipe if self._precision == "bfloat16" else EXACT
         program = self._program(len(mask), mask.shape[1], recipe)
         return np.asarray(program(self._laid_out(recipe.dtype), context, query, mask))[:rows]
 

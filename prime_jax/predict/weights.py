@@ -2,7 +2,7 @@
 
 Training keeps one fused input projection per layer and float32 matrices `[I, O]`. For predicting, the last
 layer's projection is split, since only [PRED] asks there, and matrices may be bfloat16. XLA's bfloat16
-products on CPUs read `[O, I]` matrices up to a third faster than `[I, O]` ones, and float32 products the
+products on CPUs read `[O, I]` matrices faster than `[I, O]` ones, and float32 products the
 other way round.
 """
 
