@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from prime_jax.errors import ConfigError
@@ -28,28 +28,74 @@ class TrainingConfig(Frozen):
     learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate of AdamW")
     weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay, on matrices only")
     batch_size: int = Field(default=64, ge=1, description="examples per step, over all devices")
+    micro_batch_size: int = Field(
+        default=0, ge=0, description="examples whose activations are held at a time; 0: the whole batch"
+    )
     num_epochs: int = Field(default=10, ge=1, description="passes over the training split")
     warmup_steps: int = Field(default=1000, ge=0, description="linear warm-up; at most a tenth of the run")
-    temperature: float = Field(default=0.07, gt=0, description="InfoNCE temperature")
     gradient_checkpointing: bool = Field(default=True, description="recompute activations to save memory")
-    mixed_precision: bool = Field(default=True, description="matrix products in bfloat16")
-    y_encoder_lr_multiplier: float = Field(
-        default=0.05, ge=0, le=1, description="spec field; without effect while targets are frozen"
+    remat_policy: Literal["blocks", "dots"] = Field(
+        default="blocks", description="what gradient_checkpointing recomputes: all, or all but products"
     )
+    mixed_precision: bool = Field(default=True, description="matrix products in bfloat16")
     gradient_clip_val: float = Field(
         default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
     )
     accumulate_grad_batches: int = Field(default=1, ge=1, description="batches per optimizer update")
+    temperature: float = Field(default=0.07, gt=0, description="InfoNCE temperature")
+    temperature_schedule: Literal["fixed", "learned", "annealed"] = Field(
+        default="fixed", description="whether the temperature is trained (0.01 to 0.5) or moves to the end"
+    )
+    temperature_end: float = Field(default=0.02, gt=0, description="last temperature when annealed")
+    projection_dim: int = Field(
+        default=0, ge=0, description="ProjNCE: dimension of a learned projection to compare in; 0: none"
+    )
+    projection_weight: float = Field(
+        default=1.0, gt=0, description="weight of the loss in the projection beside the plain one"
+    )
+    target: Literal["frozen", "slow", "ema"] = Field(
+        default="frozen", description="targets as encoded, or through a head that is trained slowly"
+    )
+    y_encoder_lr_multiplier: float = Field(
+        default=0.05, ge=0, le=1, description="learning rate of the target head, as a share"
+    )
+    ema_start: float = Field(default=0.996, ge=0, lt=1, description="first decay of target: ema")
+    ema_end: float = Field(default=0.999, ge=0, lt=1, description="last decay of target: ema")
+    positives: Literal["one", "all"] = Field(
+        default="one", description="a row per right answer, or a row per example with all of them"
+    )
     negatives: Literal["batch", "corpus"] = Field(
         default="batch", description="what a prediction is told from: the batch's targets, or all passages"
     )
     corpus_chunk: int = Field(default=8192, ge=1, description="passages at a time for negatives: corpus")
     num_negatives: int = Field(default=0, ge=0, description="explicit negatives per example, from the data")
+    context_negatives: bool = Field(default=False, description="the turns' own passages are negatives too")
+    mined_negatives: int = Field(default=0, ge=0, le=10, description="hard negatives found by searching")
+    mine_every_epochs: int = Field(default=1, ge=1, description="epochs between two searches for negatives")
+    mining_margin: float = Field(
+        default=0.05, ge=0, lt=1, description="how far a negative stays below the positive, relatively"
+    )
     seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
     eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")
+    save_every_steps: int = Field(default=0, ge=0, description="steps between more checkpoints; 0: none")
     params_dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="dtype of the saved inference parameters"
     )
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "TrainingConfig":
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
+            )
+        if self.negatives == "corpus":
+            for name, off in (("target", "frozen"), ("projection_dim", 0)):
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"negatives 'corpus' compares with the passages as they are encoded; {name} moves "
+                        "what is compared: use negatives 'batch'"
+                    )
+        return self
 
 
 class DataConfig(Frozen):
@@ -71,7 +117,16 @@ class DataConfig(Frozen):
 class MeshConfig(Frozen):
     """How devices are arranged; -1 means all that are left."""
 
-    data: int = Field(default=-1, ge=-1, description="devices that share the batch")
+    data: int = Field(default=-1, ge=-1, description="groups of devices that share the batch")
+    fsdp: int = Field(default=1, ge=1, description="devices that share weights and optimizer state")
+
+
+class MonitorConfig(Frozen):
+    """Where a run's figures go besides history.jsonl, history.csv and curves.png."""
+
+    tensorboard: bool = Field(default=False, description="also to tensorboard/ in the run folder")
+    wandb: str | None = Field(default=None, description="also to this Weights & Biases project")
+    log_every: int = Field(default=20, ge=1, description="steps between two rows of the history")
 
 
 class Config(Frozen):
@@ -81,6 +136,7 @@ class Config(Frozen):
     train: TrainingConfig = Field(default_factory=TrainingConfig)
     data: DataConfig = Field(default_factory=DataConfig)
     mesh: MeshConfig = Field(default_factory=MeshConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
 
 class _Settings(BaseSettings):
@@ -99,6 +155,7 @@ class _Settings(BaseSettings):
     train: TrainingConfig = TrainingConfig()
     data: DataConfig = DataConfig()
     mesh: MeshConfig = MeshConfig()
+    monitor: MonitorConfig = MonitorConfig()
 
     @classmethod
     def settings_customise_sources(
@@ -135,7 +192,7 @@ def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config
         raise ConfigError(_explain(invalid, Config, "command line or environment")) from None
     except SettingsError as unreadable:
         raise ConfigError(str(unreadable)) from None
-    return Config(model=settings.model, train=settings.train, data=settings.data, mesh=settings.mesh)
+    return Config(**{name: getattr(settings, name) for name in Config.model_fields})
 
 
 def load_stored_config(file: Path) -> Config:

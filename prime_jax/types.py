@@ -4,6 +4,7 @@ Axis names used throughout: B batch, N = max_context_length turns (oldest first)
 H hidden dimension, E output dimension, K explicit negatives, P positives of one example, M corpus size.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
@@ -23,6 +24,8 @@ class Batch(NamedTuple):
         negatives: Explicit negatives, `[B, K, E]`, or None.
         negative_ids: Corpus rows of `negatives`, -1 where a slot is empty, `[B, K]`, or None.
         example: Row of each example in its split, `[B]`, so that an error can name it.
+        positives: Embeddings of every right answer, beside `positive_ids`, `[B, P, E]`, or None where a row
+            has the one in `target` to find.
     """
 
     context: Float[Array, "*a B N D"]
@@ -34,3 +37,13 @@ class Batch(NamedTuple):
     example: Int[Array, "*a B"]
     negatives: Float[Array, "*a B K E"] | None = None
     negative_ids: Int[Array, "*a B K"] | None = None
+    positives: Float[Array, "*a B P E"] | None = None
+
+    def map_targets(self, change: Callable[[Array], Array]) -> "Batch":
+        """The batch with all that predictions are compared with changed: target, negatives, positives."""
+        changed = {
+            name: change(vectors)
+            for name in ("target", "negatives", "positives")
+            if (vectors := getattr(self, name)) is not None
+        }
+        return self._replace(**changed)

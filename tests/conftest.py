@@ -2,7 +2,7 @@
 
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["PRIME_JAX_CACHE"] = ""  # no test depends on, or leaves, compiled programs in the user's folder
 
 from jaxtyping import install_import_hook

@@ -4,30 +4,33 @@ Order depends on the seed, the epoch and the number of rows only. Every process 
 batch, so the batch as a whole is the same however many processes there are.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import grain
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Float32, Int64
 
 from prime_jax.data.embedded import EMPTY, EmbeddedDataset, gather
 from prime_jax.errors import DataError
 from prime_jax.types import Batch
 
 Rows = Int64[np.ndarray, " n"]
+Positives = Literal["one", "all"]
 PREFETCHED = 2  # batches read ahead by one thread; reading them is much faster than a step
 
 
-def steps_per_epoch(data: EmbeddedDataset, split: str, *, batch_size: int) -> int:
-    """Whole batches in one epoch; a row is an (example, positive) pair.
+def steps_per_epoch(
+    data: EmbeddedDataset, split: str, *, batch_size: int, positives: Positives = "one"
+) -> int:
+    """Whole batches in one epoch; a row is an (example, positive) pair, or an example with all its positives.
 
     The rows that are left over after the last whole batch are dropped, other ones in every epoch.
 
     Raises:
         DataError: If the split does not fill one batch.
     """
-    rows = _pairs(data, split)
+    rows = len(_rows(data, split, positives)[0])
     if rows < batch_size:
         raise DataError(
             f"the split '{split}' has {rows} pairs of an example and its positive, fewer than the "
@@ -36,18 +39,8 @@ def steps_per_epoch(data: EmbeddedDataset, split: str, *, batch_size: int) -> in
     return rows // batch_size
 
 
-def training_batches(
-    data: EmbeddedDataset,
-    split: str,
-    *,
-    batch_size: int,
-    seed: int,
-    epochs: int | None,
-    process_index: int = 0,
-    process_count: int = 1,
-    num_negatives: int = 0,
-) -> grain.DatasetIterator[Batch]:
-    """Shuffled batches of one split, as numpy arrays.
+class TrainingBatches:
+    """Shuffled batches of one split, as numpy arrays; iterate over it.
 
     Args:
         data: The embedded data.
@@ -55,51 +48,94 @@ def training_batches(
         batch_size: Rows of a batch over all processes.
         seed: Seed of the order, which differs in every epoch.
         epochs: Passes over the split; None never ends.
-        process_index: Which share of each batch to read.
+        process_index: Which share of each batch to read: the rows `index * B / count` and on.
         process_count: How many processes share a batch.
         num_negatives: K, the explicit negatives per row, the first K the example names; slots that an example
             cannot fill are zero with the id -1.
+        positives: A row per right answer ("one"), or a row per example with all of them ("all").
 
-    Returns:
-        An iterator of `Batch` with `batch_size / process_count` rows each. `get_state()` gives its place as a
-        dict that can be written as JSON, `set_state(place)` continues there, in the middle of an epoch too.
+    Attributes:
+        place: How many batches were read.
 
     Raises:
         DataError: If the split does not fill one batch, processes cannot share a batch equally, or negatives
             are asked for and no example names one.
     """
-    steps = steps_per_epoch(data, split, batch_size=batch_size)
-    if batch_size % process_count:
-        raise DataError(f"a batch of {batch_size} rows cannot be shared equally by {process_count} processes")
-    read = _reader(data, split, num_negatives)
-    rows = grain.MapDataset.range(_pairs(data, split))
-    # Grain adds the epoch to the seed; spreading the seeds keeps neighbouring ones from sharing orders.
-    shuffled = rows.shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    share = shuffled[: steps * batch_size][process_index::process_count]
-    batches = share.batch(batch_size // process_count, batch_fn=np.array).map(read).repeat(epochs)
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
-    iterator: grain.DatasetIterator[Batch] = iter(batches.to_iter_dataset(options))
-    return iterator
 
+    def __init__(
+        self,
+        data: EmbeddedDataset,
+        split: str,
+        *,
+        batch_size: int,
+        seed: int,
+        epochs: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        num_negatives: int = 0,
+        positives: Positives = "one",
+    ):
+        steps = steps_per_epoch(data, split, batch_size=batch_size, positives=positives)
+        if batch_size % process_count:
+            raise DataError(
+                f"a batch of {batch_size} rows cannot be shared equally by {process_count} processes"
+            )
+        examples = data.splits[split]
+        if num_negatives and not any(map(len, examples.negatives)):
+            raise DataError(
+                f"{num_negatives} negatives per row are asked for, but the split '{split}' names none"
+            )
+        self.place = 0
+        self._data, self._examples, self._positives = data, examples, positives
+        self._example_of, self._target_of = _rows(data, split, positives)
+        self._right = _padded(examples.positives, max(map(len, examples.positives)))
+        self._given = _padded([ids[:num_negatives] for ids in examples.negatives], num_negatives)
+        self._negatives = self._given
+        share = batch_size // process_count
+        mine = slice(process_index * share, (process_index + 1) * share)
+        # Grain adds the epoch to the seed; spreading the seeds keeps neighbouring ones from sharing orders.
+        spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        shuffled = grain.MapDataset.range(len(self._example_of)).shuffle(seed=spread)
+        self._order = shuffled[: steps * batch_size].batch(batch_size, batch_fn=np.array).repeat(epochs)
+        self._batches = self._order.map(lambda rows: self._read(rows[mine]))
+        self._stream = self._from(0)
 
-def _pairs(data: EmbeddedDataset, split: str) -> int:
-    return sum(map(len, data.splits[split].positives))
+    def __iter__(self) -> "TrainingBatches":
+        return self
 
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._stream)
+        self.place += 1
+        return batch
 
-def _reader(data: EmbeddedDataset, split: str, num_negatives: int) -> Callable[[Rows], Batch]:
-    """A function from row numbers to the batch of these rows; every field is one gather."""
-    examples = data.splits[split]
-    if num_negatives and not any(map(len, examples.negatives)):
-        raise DataError(
-            f"{num_negatives} negatives per row are asked for, but the split '{split}' names none"
-        )
-    example_of = np.repeat(np.arange(len(examples)), [len(ids) for ids in examples.positives])
-    target_of = np.concatenate(examples.positives)
-    positives = _padded(examples.positives, max(map(len, examples.positives)))
-    negatives = _padded([ids[:num_negatives] for ids in examples.negatives], num_negatives)
+    def seek(self, place: int) -> None:
+        """Go on with batch number `place`, counted from the first of all epochs."""
+        self.place = place
+        self._stream = self._from(place)
 
-    def read(rows: Rows) -> Batch:
-        example, target = example_of[rows], target_of[rows]
+    def add_negatives(self, table: Int64[np.ndarray, "n more"]) -> None:
+        """From the next batch on, give each example these corpus rows (-1: none) besides those it names.
+
+        A passage that stands in a row twice is one negative; an earlier table is replaced.
+        """
+        self._negatives = _without_repeats(np.concatenate([self._given, table], axis=1))
+        self.seek(self.place)  # what was read ahead had the old ones
+
+    def examples_of(self, place: int) -> list[str]:
+        """Ids of the examples in batch number `place`, of all processes."""
+        rows = self._order[place]
+        return [self._examples.ids[example] for example in self._example_of[rows]]
+
+    def _from(self, place: int) -> grain.DatasetIterator[Batch]:
+        options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=PREFETCHED)
+        stream: grain.DatasetIterator[Batch] = iter(self._batches.to_iter_dataset(options))
+        stream.set_state({"next_index": place})
+        return stream
+
+    def _read(self, rows: Rows) -> Batch:
+        """The batch of these rows; every field is one gather."""
+        data, examples = self._data, self._examples
+        example, target = self._example_of[rows], self._target_of[rows]
         context, mask = gather(data.store, examples.context_rows[example])
         fields: dict[str, Any] = {
             "context": context,
@@ -107,15 +143,36 @@ def _reader(data: EmbeddedDataset, split: str, num_negatives: int) -> Callable[[
             "query": data.store[examples.query_rows[example]],
             "target": data.store[data.corpus_rows[target]],
             "target_id": target,
-            "positive_ids": positives[example],
+            "positive_ids": self._right[example],
             "example": example,
         }
-        if num_negatives:
-            ids = fields["negative_ids"] = negatives[example]
-            fields["negatives"], _ = gather(data.store, np.where(ids == EMPTY, EMPTY, data.corpus_rows[ids]))
+        if self._positives == "all":
+            fields["positives"] = self._passages(fields["positive_ids"])
+        if self._negatives.shape[1]:
+            fields["negative_ids"] = self._negatives[example]
+            fields["negatives"] = self._passages(fields["negative_ids"])
         return Batch(**fields)
 
-    return read
+    def _passages(self, ids: Int64[np.ndarray, "n K"]) -> Float32[np.ndarray, "n K E"]:
+        corpus_rows = self._data.corpus_rows
+        return gather(self._data.store, np.where(ids == EMPTY, EMPTY, corpus_rows[ids]))[0]
+
+
+def _rows(data: EmbeddedDataset, split: str, positives: Positives) -> tuple[Rows, Rows]:
+    """Example and target of every row that an epoch may have."""
+    right = data.splits[split].positives
+    if positives == "all":
+        return np.arange(len(right)), np.array([ids[0] for ids in right], np.int64)
+    return np.repeat(np.arange(len(right)), [len(ids) for ids in right]), np.concatenate(right)
+
+
+def _without_repeats(table: Int64[np.ndarray, "n K"]) -> Int64[np.ndarray, "n K"]:
+    """The table with every id but its first appearance in a row replaced by -1."""
+    order = np.argsort(table, axis=1, kind="stable")
+    ordered = np.take_along_axis(table, order, axis=1)
+    repeated = np.zeros(table.shape, bool)
+    np.put_along_axis(repeated, order[:, 1:], ordered[:, 1:] == ordered[:, :-1], axis=1)
+    return np.where(repeated, EMPTY, table)
 
 
 def _padded(lists: Sequence[Int64[np.ndarray, " _"]], width: int) -> Int64[np.ndarray, "n width"]:

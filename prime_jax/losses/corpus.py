@@ -1,15 +1,20 @@
 """InfoNCE against the whole corpus: where targets are frozen, every passage can be an exact negative.
 
 The log-sum-exp over all passages is streamed in chunks, forward and backward, so that memory grows with the
-batch and the chunk but not with the corpus (the online softmax of arXiv 1805.02867).
+batch and the chunk but not with the corpus (the online softmax of arXiv 1805.02867). On several devices each
+holds its share of the passages; the queries travel, not the passages.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from prime_jax.losses.contrastive import InfoNCE
@@ -23,22 +28,37 @@ class Corpus:
     """All passages, in chunks of one size.
 
     Attributes:
-        chunks: Unit-norm embeddings, zero behind the last passage, `[C, chunk, E]`.
+        chunks: Unit-norm embeddings, zero behind the last passage, `[C, chunk, E]`; on several devices the
+            chunks are shared out among them.
         rows: How many passages there are, M.
+        mesh: The devices that share them; None for one.
     """
 
     chunks: Any  # Array, or what JAX puts in its place when it describes a program
     rows: int = struct.field(pytree_node=False)
+    mesh: Mesh | None = struct.field(pytree_node=False, default=None)
 
 
-def in_chunks(embeddings: Float[np.ndarray, "M E"], chunk: int) -> Corpus:
-    """Normalise the passages and cut them into chunks of `chunk` rows, or of M where that is less."""
-    rows = len(embeddings)
-    size = min(chunk, rows)
+def in_chunks(embeddings: Float[np.ndarray, "M E"], chunk: int, mesh: Mesh | None = None) -> Corpus:
+    """Normalise the passages and cut them into chunks.
+
+    Args:
+        embeddings: The passages; with several processes every one of them has them all.
+        chunk: Rows of a chunk, fewer where a device's share is smaller.
+        mesh: Devices to share the chunks among; None keeps them on one.
+    """
+    rows, dim = embeddings.shape
+    devices = 1 if mesh is None else mesh.size
+    size = min(chunk, -(-rows // devices))
+    count = -(-rows // (size * devices)) * devices
     length = np.linalg.norm(embeddings, axis=1, keepdims=True)
-    filled = np.zeros((-(-rows // size) * size, embeddings.shape[1]), np.float32)
+    filled = np.zeros((count * size, dim), np.float32)
     filled[:rows] = embeddings / np.maximum(length, 1e-12)
-    return Corpus(jnp.asarray(filled.reshape(-1, size, embeddings.shape[1])), rows)
+    chunks = filled.reshape(count, size, dim)
+    if mesh is None:
+        return Corpus(jnp.asarray(chunks), rows)
+    shares = NamedSharding(mesh, P(mesh.axis_names))
+    return Corpus(jax.make_array_from_callback(chunks.shape, shares, lambda at: chunks[at]), rows, mesh)
 
 
 def corpus_info_nce(
@@ -75,18 +95,23 @@ def _log_sum_exp(
 
 
 def _forward(queries: Array, corpus: Corpus, left_out: Array) -> tuple[Array, tuple[Any, ...]]:
-    batch = queries.shape[0]
+    def share(queries: Array, left_out: Array, starts: Array, chunks: Array, axes: Any) -> Array:
+        def add(carry: tuple[Array, Array], chunk: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+            largest, total = carry
+            logits = _logits(queries, *chunk, corpus.rows, left_out)
+            now = jnp.maximum(largest, jnp.max(logits, axis=1))
+            total = total * jnp.exp(largest - now) + jnp.sum(jnp.exp(logits - now[:, None]), axis=1)
+            return (now, total), None
 
-    def add(carry: tuple[Array, Array], indexed: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
-        largest, total = carry
-        logits = _logits(queries, *indexed, corpus.rows, left_out)
-        now = jnp.maximum(largest, jnp.max(logits, axis=1))
-        total = total * jnp.exp(largest - now) + jnp.sum(jnp.exp(logits - now[:, None]), axis=1)
-        return (now, total), None
+        start = (jnp.full_like(queries[:, 0], MASKED), jnp.zeros_like(queries[:, 0]))
+        (largest, total), _ = jax.lax.scan(add, start, (starts, chunks))
+        if axes:
+            over_all = jax.lax.pmax(largest, axes)
+            total = jax.lax.psum(total * jnp.exp(largest - over_all), axes)
+            largest = over_all
+        return largest + jnp.log(total)
 
-    start = (jnp.full(batch, MASKED), jnp.zeros(batch))
-    (largest, total), _ = jax.lax.scan(add, start, _indexed(corpus))
-    answer = largest + jnp.log(total)
+    answer = _shared_out(share, corpus)(queries, left_out)
     return answer, (queries, corpus, left_out, answer)
 
 
@@ -94,21 +119,40 @@ def _backward(kept: tuple[Any, ...], slope: Float[Array, " B"]) -> tuple[Array, 
     """The gradient: the mean passage under the softmax, computed anew chunk by chunk. The corpus has none."""
     queries, corpus, left_out, answer = kept
 
-    def add(mean: Array, indexed: tuple[Array, Array]) -> tuple[Array, None]:
-        share = jnp.exp(_logits(queries, *indexed, corpus.rows, left_out) - answer[:, None])
-        return mean + product("bm,me->be", share, indexed[1], jnp.float32), None
+    def share(
+        queries: Array, left_out: Array, answer: Array, starts: Array, chunks: Array, axes: Any
+    ) -> Array:
+        def add(mean: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
+            part = jnp.exp(_logits(queries, *chunk, corpus.rows, left_out) - answer[:, None])
+            return mean + product("bm,me->be", part, chunk[1], jnp.float32), None
 
-    mean, _ = jax.lax.scan(add, jnp.zeros_like(queries), _indexed(corpus))
-    return slope[:, None] * mean, None, None
+        mean, _ = jax.lax.scan(add, jnp.zeros_like(queries), (starts, chunks))
+        return jax.lax.psum(mean, axes) if axes else mean
+
+    return slope[:, None] * _shared_out(share, corpus)(queries, left_out, answer), None, None
 
 
 _log_sum_exp.defvjp(_forward, _backward)
 
 
-def _indexed(corpus: Corpus) -> tuple[Array, Array]:
-    """The first row of every chunk, and the chunks."""
+def _shared_out(share: Callable[..., Array], corpus: Corpus) -> Callable[..., Array]:
+    """Run `share(*arguments, starts, chunks, axes)` on every device's own chunks; its arguments are whole."""
     count, size, _ = corpus.chunks.shape
-    return jnp.arange(count) * size, corpus.chunks
+    starts = jnp.arange(count) * size
+    if corpus.mesh is None:
+        return lambda *arguments: share(*arguments, starts, corpus.chunks, ())
+    axes = corpus.mesh.axis_names
+
+    def on_devices(*arguments: Array) -> Array:
+        specs = (*(P() for _ in arguments), P(axes), P(axes))
+        # Every device ends with the same answer, which JAX cannot see for itself through the scan.
+        mapped = jax.shard_map(
+            partial(share, axes=axes), mesh=corpus.mesh, in_specs=specs, out_specs=P(), check_vma=False
+        )
+        answer: Array = mapped(*arguments, starts, corpus.chunks)
+        return answer
+
+    return on_devices
 
 
 def _logits(

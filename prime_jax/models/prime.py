@@ -15,6 +15,7 @@ from prime_jax.models.residual import gated, query_with_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.masks import ContextAttention, attention_mask, positions
+from prime_jax.nn.remat import Remat, rematerialised
 
 TOKEN_STD = 0.02
 COPY_WEIGHT, COPY_DECAY = 0.5, 0.7  # the recency mix that the copy path starts from
@@ -122,7 +123,7 @@ class EmbeddingPredictor(nnx.Module):
         context_mask: Bool[Array, "B N"] | None = None,
         *,
         dropout_key: Key[Array, ""] | None = None,
-        remat: bool = False,
+        remat: Remat = "none",
     ) -> Float[Array, "B E"]:
         """Predict the embedding of the passage to retrieve.
 
@@ -132,7 +133,7 @@ class EmbeddingPredictor(nnx.Module):
             context_mask: True where a turn is real, `[B, N]`; None means all are. What stands in a padded
                 slot has no influence.
             dropout_key: Turns dropout on (training).
-            remat: Recompute activations in the backward pass instead of keeping them (FR-PRED-010).
+            remat: What the backward pass recomputes instead of keeping it (FR-PRED-010).
 
         Returns:
             Unit-norm float32 predictions, `[B, E]`.
@@ -165,7 +166,7 @@ class EmbeddingPredictor(nnx.Module):
         query: Float[Array, "B D"],
         context_mask: Bool[Array, "B N"],
         dropout_key: Key[Array, ""] | None,
-        remat: bool,
+        remat: Remat,
     ) -> tuple[Float[Array, "B H"], Float[Array, "B N H"]]:
         """Answer of [PRED] after the last layer, and the turns as they enter it."""
         batch = query.shape[0]
@@ -213,14 +214,14 @@ def _apply(
     key: Key[Array, ""] | None,
     *,
     rows: int | None,
-    remat: bool,
+    remat: Remat,
 ) -> Float[Array, "B R H"]:
-    if not remat:
+    if remat == "none":
         return layer(x, mask, rows=rows, key=key)
     graph, params = nnx.split(layer)
 
-    def recomputed(params: Any, x: Float[Array, "B S H"]) -> Float[Array, "B R H"]:
+    def block(params: Any, x: Float[Array, "B S H"]) -> Float[Array, "B R H"]:
         return nnx.merge(graph, params)(x, mask, rows=rows, key=key)
 
-    answer: Float[Array, "B R H"] = jax.checkpoint(recomputed)(params, x)
+    answer: Float[Array, "B R H"] = rematerialised(block, remat)(params, x)
     return answer

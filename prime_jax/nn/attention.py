@@ -74,11 +74,11 @@ class SelfAttention(nnx.Module):
             rows: How many leading tokens to compute an answer for.
             key: Dropout key for the attention weights; None means no dropout.
         """
-        asking = x if rows is None else x[:, :rows]
-        queries, keys, values = (
-            split_heads(self._project(tokens, part), self.num_heads)
-            for part, tokens in enumerate((asking, x, x))
-        )
+        if rows is None:
+            fused = jnp.split(self.in_proj(x), 3, axis=-1)
+        else:  # the last layer asks for a few tokens only
+            fused = [self._project(tokens, part) for part, tokens in enumerate((x[:, :rows], x, x))]
+        queries, keys, values = (split_heads(part, self.num_heads) for part in fused)
         mixed = attend(queries, keys, values, mask[:, :rows], self.dtype, rate=self.rate, key=key)
         return self.out_proj(mixed)
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from numpy.typing import ArrayLike
 
 from prime_jax._version import __version__
@@ -23,6 +24,7 @@ from prime_jax.files import MANIFEST, read_json, verify_manifest
 from prime_jax.models import ModelConfig
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.state_dict import load_state_dict
+from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.compiled import compile_ahead
 from prime_jax.predict.forward import forward
@@ -61,9 +63,11 @@ def load(
     if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == "bundle":
         model, config, facts = _load_bundle(folder)
     else:
-        model, config, checkpoint = checkpoints.load_model(folder)
+        model, config, checkpoint, head = checkpoints.load_model(folder)
         facts = {"source": str(checkpoint.folder), **checkpoint.facts}
-    return Predictor(model, config=config, facts=facts, precision=precision, batch_sizes=batch_sizes)
+    return Predictor(
+        model, config=config, facts=facts, precision=precision, batch_sizes=batch_sizes, target_head=head
+    )
 
 
 class Predictor:
@@ -77,10 +81,12 @@ class Predictor:
             on most machines and moves predictions in the fourth digit. `auto` measures both for each batch
             size at warm-up and takes the faster one; models under ten million parameters stay float32.
         batch_sizes: Batches to compile for, besides the model's max_batch_size.
+        target_head: Kernel `[E, E]` of a run whose targets were mapped by a trained head, or None.
 
     Attributes:
         model: The model, float32.
         config: Configuration of the run it comes from, or None.
+        target_head: As given; where there is one, the memory must be mapped by `map_memory`.
 
     Raises:
         PredictorError: For an unknown precision or a batch size that is none.
@@ -94,6 +100,7 @@ class Predictor:
         facts: Mapping[str, Any] | None = None,
         precision: Precision = "auto",
         batch_sizes: Sequence[int] = BATCH_SIZES,
+        target_head: Array | None = None,
     ):
         check_known(precision)
         if any(size < 1 for size in batch_sizes):
@@ -101,6 +108,7 @@ class Predictor:
         most = model.config.max_batch_size
         self.model = model
         self.config = config
+        self.target_head = target_head
         self._facts = dict(facts or {})
         self._precision: Precision = precision
         self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)
@@ -223,6 +231,16 @@ class Predictor:
                 step(1, f"batch {batch}: {self._choice(batch).recipe.dtype}")
         self._drop_unused()
         self._warmup_seconds = time.perf_counter() - started
+
+    def map_memory(self, embeddings: Vectors) -> Vectors:
+        """Passages of a memory as the predictions expect them, `[M, E]`: what to index and search.
+
+        They are the encoder's embeddings unchanged, unless the run trained a target head (`train.target`).
+
+        Args:
+            embeddings: Unit-norm embeddings of the passages, float32, `[M, E]`.
+        """
+        return embeddings if self.target_head is None else map_memory(self.target_head, embeddings)
 
     def info(self) -> dict[str, Any]:
         """What this predictor is: version, size, shapes and how each is computed, its checkpoint's facts."""

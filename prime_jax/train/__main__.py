@@ -1,5 +1,6 @@
 """`python -m prime_jax.train`: train a predictor."""
 
+import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
@@ -27,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
     parser.add_argument("--out", type=Path, metavar="DIR", help="run folder: checkpoints, history, curves")
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to OUT/profile")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="first of several processes, if not found")
+    parser.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
+    parser.add_argument("--process-id", type=int, metavar="I", help="which one this is, from 0")
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
     given, settings = parser.parse_known_args(argv)
     try:
@@ -38,8 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if given.out is None:
             raise ConfigError("--out is missing: name the run folder")
         from prime_jax.train.loop import train
+        from prime_jax.train.processes import connected
 
-        outcome = train(config, given.out, resume=given.resume)
+        with connected(os.environ, given.coordinator, given.num_processes, given.process_id):
+            outcome = train(config, given.out, resume=given.resume, profile=given.profile)
     except PredictorError as mistake:
         print(f"prime-jax train: {mistake}", file=sys.stderr)
         return 2

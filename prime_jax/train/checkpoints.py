@@ -2,24 +2,34 @@
 
 A run keeps two: the newest, to resume from, and the one with the best validation MRR@10, to predict with.
 A step folder without a manifest was cut off while being written; it is ignored and overwritten.
+
+With several processes all of them write arrays, each its own shards; the first one does everything else.
 """
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Int32
 
 from prime_jax.config import Config, load_stored_config, to_yaml
 from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.files import MANIFEST, read_json, verify_manifest, write_manifest, write_text
 from prime_jax.models.prime import EmbeddingPredictor
-from prime_jax.train.state import TrainState, pure_params
+from prime_jax.nn.target_head import initial_head
+from prime_jax.train.collective import barrier, is_main
+from prime_jax.train.state import MODEL, TrainState, pure_params
+
+Table = Int32[np.ndarray, "n K"]
 
 KIND = "checkpoint"
 CONFIG = "config.yaml"
@@ -80,63 +90,154 @@ def best(run: Path) -> Checkpoint:
     return max(found, key=lambda c: (c.score, c.step))
 
 
-def save(
-    run: Path, state: TrainState, config: Config, iterator: Mapping[str, Any], facts: Mapping[str, Any]
-) -> Checkpoint:
-    """Write a checkpoint, then drop all but the newest and the best.
+class Checkpoints:
+    """Writes the checkpoints of a run while training goes on.
 
-    Args:
-        run: Run folder.
-        state: What to save; its `step` names the checkpoint.
-        config: Configuration of the run, stored with it.
-        iterator: Position of the data iterator, JSON.
-        facts: For the manifest; must hold `metrics`.
-
-    Raises:
-        CheckpointError: If it cannot be written; earlier checkpoints stay as they are.
+    Use it as a context: leaving it waits for the last one. `save` returns once the state is copied; a failure
+    of the writing surfaces in the next `save` or at the end, and leaves every earlier checkpoint as it was.
     """
-    step = int(state.step)
-    folder = checkpoints_folder(run) / str(step)
-    dtype = config.train.params_dtype
-    try:
-        if folder.exists():
-            shutil.rmtree(folder)
-        with _manager(run) as manager:
-            manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_as_tree(state)),
-                    params=ocp.args.StandardSave(_cast(state.params, dtype)),
-                    iterator=ocp.args.JsonSave(dict(iterator)),
-                ),
+
+    def __init__(self, run: Path):
+        self._run = run
+        self._writing: Future[None] | None = None
+        self._finisher = ThreadPoolExecutor(1, "checkpoint")
+        self._manager: Any = None
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: Any, *_: object) -> None:
+        try:
+            if kind is None:
+                self.wait()
+            elif self._writing is not None:  # another error is on its way; let the writing end, say nothing
+                self._writing.exception()
+        finally:
+            self._finisher.shutdown()
+            if self._manager is not None:
+                self._manager.close()
+
+    def save(
+        self, state: TrainState, config: Config, facts: Mapping[str, Any], negatives: Table | None = None
+    ) -> None:
+        """Start writing a checkpoint; when it is complete, all but the newest and the best are dropped.
+
+        Args:
+            state: What to save; its `step` names the checkpoint. All processes call this together.
+            config: Configuration of the run, stored with it.
+            facts: For the manifest; must hold `metrics`.
+            negatives: The mined negatives in use, `[n, K]`.
+
+        Raises:
+            CheckpointError: If this one or the one before cannot be written.
+        """
+        self.wait()
+        step = int(state.step)
+        folder = checkpoints_folder(self._run) / str(step)
+        dtype = config.train.params_dtype
+        items = {"state": _copied(_as_tree(state)), "params": _for_inference(state, dtype)}
+        if negatives is not None:
+            items["negatives"] = {"table": negatives}
+        saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
+        try:
+            if is_main():
+                shutil.rmtree(folder, ignore_errors=True)  # cut off, or Orbax would not write it again
+            barrier(f"checkpoint {step}")
+            self._opened().save(step, args=ocp.args.Composite(**saved), force=True)
+        except Exception as failed:  # Orbax and TensorStore raise many kinds
+            raise _unwritten(folder, failed) from failed
+        self._writing = self._finisher.submit(self._finish, folder, config, dict(facts), step)
+
+    def wait(self) -> None:
+        """Return when the checkpoint in the making is complete.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _opened(self) -> Any:
+        if self._manager is None:
+            # Folders are made before `save` returns: where that fails, Orbax would wait minutes for them.
+            options = ocp.CheckpointManagerOptions(
+                enable_async_checkpointing=True,
+                create=True,
+                async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
-        write_text(folder / CONFIG, to_yaml(config))
-        write_manifest(folder, KIND, step=step, **facts)
-    except (OSError, ValueError) as failed:
-        raise CheckpointError(f"{folder}: the checkpoint could not be written: {failed}") from failed
-    keep = {latest_one.step for latest_one in (latest(run), best(run)) if latest_one}
-    for old in list_checkpoints(run):
-        if old.step not in keep:
-            shutil.rmtree(old.folder)
+            self._manager = ocp.CheckpointManager(checkpoints_folder(self._run).absolute(), options=options)
+        else:
+            self._manager.reload()
+        return self._manager
+
+    def _finish(self, folder: Path, config: Config, facts: dict[str, Any], step: int) -> None:
+        """Wait for the arrays, vouch for them, drop what is no longer needed."""
+        try:
+            self._manager.wait_until_finished()
+            if not is_main():
+                return
+            write_text(folder / CONFIG, to_yaml(config))
+            write_manifest(folder, KIND, step=step, **facts)
+            keep = {kept.step for kept in (latest(self._run), best(self._run)) if kept}
+            for old in list_checkpoints(self._run):
+                if old.step not in keep:
+                    (old.folder / MANIFEST).unlink()  # from here on it is no checkpoint, however far we get
+                    shutil.rmtree(old.folder)
+        except Exception as failed:
+            raise _unwritten(folder, failed) from failed
+
+
+def save(run: Path, state: TrainState, config: Config, facts: Mapping[str, Any]) -> Checkpoint:
+    """Write one checkpoint and wait for it; see `Checkpoints.save`."""
+    with Checkpoints(run) as writer:
+        writer.save(state, config, facts)
+    folder = checkpoints_folder(run) / str(int(state.step))
     return Checkpoint(folder, read_json(folder / MANIFEST))
 
 
-def restore(checkpoint: Checkpoint, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-    """Read a checkpoint back, verified, laid out on devices as `like` is.
+def remove_leftovers(run: Path) -> None:
+    """Delete what a killed run left half-written among its checkpoints."""
+    for path in checkpoints_folder(run).glob("*"):
+        if path.is_dir() and not (path / MANIFEST).is_file():
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def restore(checkpoint: Checkpoint, like: TrainState) -> tuple[TrainState, Table | None]:
+    """Read a checkpoint back, verified, laid out on devices as `like` is; they may be other ones than before.
 
     Returns:
-        The state, and the position of the data iterator.
+        The state, and the mined negatives that were in use.
 
     Raises:
         CheckpointError: If any file is missing or damaged, or the state has another structure.
     """
     verify_manifest(checkpoint.folder, KIND)
-    tree = _read(checkpoint.folder / "state", jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like)))
-    iterator = read_json(checkpoint.folder / "iterator" / "metadata")
-    return TrainState(**tree), iterator
+    shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like))
+    tree = _read(checkpoint.folder / "state", shapes)
+    negatives = None
+    if (checkpoint.folder / "negatives").is_dir():
+        negatives = np.asarray(_read(checkpoint.folder / "negatives", None)["table"])
+    return TrainState(**{"average": None, **tree}), negatives
 
 
-def load_model(folder: Path) -> tuple[EmbeddingPredictor, Config, Checkpoint]:
+class LoadedModel(NamedTuple):
+    """A model read from a checkpoint.
+
+    Attributes:
+        model: The model, float32.
+        config: Configuration of its run.
+        checkpoint: Where it was read.
+        target_head: Kernel that the memory is mapped by before it is searched, `[E, E]`, or None (most runs).
+    """
+
+    model: EmbeddingPredictor
+    config: Config
+    checkpoint: Checkpoint
+    target_head: jax.Array | None
+
+
+def load_model(folder: Path) -> LoadedModel:
     """The model of a run's best checkpoint, or of one checkpoint folder, in float32.
 
     Raises:
@@ -146,36 +247,54 @@ def load_model(folder: Path) -> tuple[EmbeddingPredictor, Config, Checkpoint]:
         checkpoint = Checkpoint(folder, read_json(folder / MANIFEST))
     else:
         checkpoint = best(folder)
-    verify_manifest(checkpoint.folder, KIND, needed=lambda name: not name.startswith(("state/", "iterator/")))
+    verify_manifest(
+        checkpoint.folder, KIND, needed=lambda name: not name.startswith(("state/", "negatives/"))
+    )
     try:
         config = load_stored_config(checkpoint.folder / CONFIG)
     except ConfigError as unreadable:
         raise CheckpointError(str(unreadable)) from None
     model = nnx.eval_shape(lambda: config.model.build(rngs=nnx.Rngs(0)))
-    like = _cast(pure_params(model), config.train.params_dtype)
+    like = {MODEL: _cast(pure_params(model), config.train.params_dtype)}
+    if config.train.target != "frozen":
+        like["target_head"] = jax.eval_shape(lambda: initial_head(config.model.output_dim))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    params = _cast(_read(checkpoint.folder / "params", like), "float32")
-    return nnx.merge(nnx.split(model)[0], params), config, checkpoint
+    params = _read(checkpoint.folder / "params", like)
+    model = nnx.merge(nnx.split(model)[0], _cast(params[MODEL], "float32"))
+    return LoadedModel(model, config, checkpoint, params.get("target_head"))
 
 
-def _manager(run: Path) -> Any:
-    options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
-    return ocp.CheckpointManager(checkpoints_folder(run).absolute(), options=options)
+def _unwritten(folder: Path, failed: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: the checkpoint could not be written: {str(failed) or type(failed).__name__}; "
+        "earlier ones are as they were"
+    )
+
+
+def _for_inference(state: TrainState, dtype: DTypeLike) -> dict[str, Any]:
+    """What prediction needs of a state: the model in `dtype`, and the target head where there is one."""
+    needed = {MODEL: _cast(state.params[MODEL], dtype)}
+    if state.target_head is not None:
+        needed["target_head"] = state.target_head
+    return needed
 
 
 def _read(folder: Path, like: Any) -> Any:
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(
-                folder.absolute(), jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-            )
+            return checkpointer.restore(folder.absolute(), like)
     except Exception as failed:  # Orbax and TensorStore raise many kinds
         raise CheckpointError(f"{folder}: cannot be restored into this model: {failed}") from failed
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state, "rng": state.rng}
+    tree = {field.name: getattr(state, field.name) for field in fields(state)}
+    return {name: value for name, value in tree.items() if value is not None}
+
+
+# The step that comes next reuses the memory of the state it is given, so what is written meanwhile is a copy.
+_copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 def _cast(tree: Any, dtype: DTypeLike) -> Any:

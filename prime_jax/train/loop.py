@@ -1,9 +1,10 @@
 """The training loop: all effects of a run, in one order."""
 
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,29 +12,21 @@ import numpy as np
 
 from prime_jax.config import Config, to_yaml
 from prime_jax.data.embedded import EmbeddedDataset
-from prime_jax.data.pipeline import steps_per_epoch, training_batches
+from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
-from prime_jax.files import write_text
-from prime_jax.losses.corpus import Corpus, in_chunks
-from prime_jax.progress import console, progress
-from prime_jax.train import checkpoints
+from prime_jax.files import write_json, write_text
+from prime_jax.progress import progress
+from prime_jax.train import checkpoints, mining, setup
+from prime_jax.train.collective import any_process, barrier, is_main, say
 from prime_jax.train.interrupt import interruptible
-from prime_jax.train.monitor import History, plot_curves
-from prime_jax.train.optim import learning_rate, make_optimizer
-from prime_jax.train.setup import (
-    Facts,
-    check_folder,
-    embedded,
-    warn_of_shortened_warmup,
-    warn_of_unused,
-    with_weights_of,
-)
-from prime_jax.train.sharding import make_mesh, replicated, split_batch
-from prime_jax.train.state import build_graph, init_state
-from prime_jax.train.step import Metrics, make_train_step
-from prime_jax.train.validate import Validator
-
-LOG_EVERY = 20
+from prime_jax.train.memory import explain_exhausted
+from prime_jax.train.monitor import History, Speed, Trace, note, plot_curves
+from prime_jax.train.optim import learning_rate
+from prime_jax.train.program import TrainingProgram
+from prime_jax.train.state import build_graph
+from prime_jax.train.step import Metrics
+from prime_jax.train.trackers import open_trackers
+from prime_jax.train.validate import SplitPredictor, Validator
 
 
 @dataclass(frozen=True)
@@ -51,76 +44,75 @@ class Outcome:
     checkpoint: checkpoints.Checkpoint
 
 
-def train(config: Config, out: Path, *, resume: bool = False) -> Outcome:
+def train(config: Config, out: Path, *, resume: bool = False, profile: bool = False) -> Outcome:
     """Train a predictor and leave everything about the run in `out`.
 
     Leaves config.yaml, history.jsonl, history.csv, curves.png and checkpoints/. The first Ctrl-C or SIGTERM
-    finishes the step, saves, and returns.
+    finishes the step, saves, and returns. With several processes every one of them calls this with the same
+    arguments; the first one writes what is not a checkpoint.
 
     Args:
         config: What to do.
-        out: Run folder.
+        out: Run folder; with several processes one that all of them see.
         resume: Go on from the newest checkpoint in `out`.
+        profile: Write a trace of a few steps to `out`/profile, for TensorBoard or Perfetto.
 
     Raises:
-        ConfigError: If settings contradict each other, the data or the run folder.
+        ConfigError: If settings contradict each other, the data, the run folder or the memory.
         DataError: If the data is not as it should be.
-        CheckpointError: If a checkpoint cannot be read or written.
+        CheckpointError: If the run folder cannot be read or written; what was complete before stays so.
         PredictorError: If the loss is no longer a finite number.
     """
-    check_folder(config, out, resume)
-    data, facts = embedded(config)
-    run = _Run(config, out, data, facts)
-    if resume:
-        run.restore()
-    write_text(out / checkpoints.CONFIG, to_yaml(config))
-    return run.run()
+    setup.check_folder(config, out, resume)
+    data, facts = setup.embedded(config)
+    try:
+        run = _Run(config, out, data, facts)
+        if resume:
+            run.restore()
+        else:
+            run.history = History(out, until_step=0, writing=is_main())
+        if is_main():
+            write_text(out / checkpoints.CONFIG, to_yaml(config))
+        return run.run(profile=profile)
+    except OSError as failed:
+        raise CheckpointError(f"{out}: cannot be written ({failed}); {_kept(out)}") from failed
+    except jax.errors.JaxRuntimeError as failed:
+        if "RESOURCE_EXHAUSTED" not in str(failed):
+            raise
+        raise explain_exhausted(failed, config) from failed
 
 
 class _Run:
-    """One run in progress: its compiled step, its data, its files."""
+    """One run in progress: its program, its data, its files."""
 
-    def __init__(self, config: Config, out: Path, data: EmbeddedDataset, facts: Facts):
+    def __init__(self, config: Config, out: Path, data: EmbeddedDataset, facts: setup.Facts):
         settings = config.train
-        self.config, self.out, self.facts = config, out, facts
-        self.mesh = make_mesh(config.mesh, settings.batch_size)
-        self.epoch_steps = steps_per_epoch(data, "train", batch_size=settings.batch_size)
+        self.config, self.out, self.data, self.facts = config, out, data, facts
+        batch_size, positives = settings.batch_size, settings.positives
+        self.epoch_steps = steps_per_epoch(data, "train", batch_size=batch_size, positives=positives)
         self.total_steps = self.epoch_steps * settings.num_epochs
         updates = max(1, self.total_steps // settings.accumulate_grad_batches)
+        setup.warn(config, updates)
         self.schedule = learning_rate(settings, updates)
-        warn_of_shortened_warmup(config, updates)
-        warn_of_unused(config)
-        optimizer = make_optimizer(settings, updates)
-        self.state = jax.device_put(
-            with_weights_of(config, init_state(config.model, optimizer, settings.seed)),
-            replicated(self.mesh),
-        )
-        dtype = jnp.bfloat16 if settings.mixed_precision else jnp.float32
-        graph = build_graph(config.model, dtype)
-        self.step = make_train_step(
-            graph,
-            optimizer,
-            temperature=settings.temperature,
-            remat=settings.gradient_checkpointing,
-            corpus=self._corpus(data) if settings.negatives == "corpus" else None,
-        )
-        self.batches = training_batches(
+        self.batches = TrainingBatches(
             data,
             "train",
-            batch_size=settings.batch_size,
+            batch_size=batch_size,
             seed=settings.seed,
-            epochs=None,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
             num_negatives=settings.num_negatives,
+            positives=positives,
         )
-        self.validate = Validator(build_graph(config.model, jnp.float32), data, "dev")
-        self.history = History(out, until_step=0)
+        self.program = TrainingProgram(config, data, self.total_steps)
+        self.state = self.program.initial_state(setup.starting_weights(config))
+        graph, mesh = build_graph(config.model, jnp.float32), self.program.mesh
+        self.validate = Validator(graph, data, "dev", mesh)
+        self.predict_train = SplitPredictor(graph, data, "train", mesh)
+        self.speed = Speed(config, mesh.size)
+        self.history: History
+        self.mined: mining.Table | None = None
         self.scores: dict[str, float] = {}
-
-    def _corpus(self, data: EmbeddedDataset) -> Corpus:
-        """All passages on every device."""
-        whole = in_chunks(data.corpus(), self.config.train.corpus_chunk)
-        placed: Corpus = jax.device_put(whole, replicated(self.mesh))
-        return placed
 
     def restore(self) -> None:
         """Continue where the newest checkpoint ended: parameters, optimizer, data order, history."""
@@ -135,95 +127,153 @@ class _Run:
                     f"{checkpoint.folder}: was trained with {fact} {checkpoint.facts[fact]!r}, "
                     f"now it is {self.facts[fact]!r}; resuming would mix two runs"
                 )
-        self.state, position = checkpoints.restore(checkpoint, self.state)
-        self.batches.set_state(position)
+        self.state, self.mined = checkpoints.restore(checkpoint, self.state)
         self.scores = dict(checkpoint.facts["metrics"])
-        self.history = History(self.out, until_step=checkpoint.step)
-        console.print(f"resuming from step {checkpoint.step} of {self.total_steps}")
+        self.history = History(self.out, until_step=checkpoint.step, writing=is_main())
+        barrier("restored")
+        if is_main():
+            checkpoints.remove_leftovers(self.out)
+        say(f"resuming from step {checkpoint.step} of {self.total_steps}")
 
-    def run(self) -> Outcome:
+    def run(self, *, profile: bool) -> Outcome:
         """Train to the end or until asked to stop."""
         start = step = int(self.state.step)
+        examples, log_every = self.config.train.batch_size, self.config.monitor.log_every
         pending: list[Metrics] = []
-        query = self.validate.plain_query[checkpoints.SELECT_BY]
-        console.print(
-            f"{self.total_steps} steps of {self.config.train.batch_size} examples on "
-            f"{self.mesh.size} device(s); dev {checkpoints.SELECT_BY} of the plain query {query:.3f}",
-            soft_wrap=True,
-        )
-        clock = time.perf_counter()
-        examples = self.config.train.batch_size
-        with (
-            interruptible() as interrupt,
-            progress("training", (self.total_steps - start) * examples, "examples") as advance,
-        ):
-            while step < self.total_steps and not interrupt.asked:
+        self._announce()
+        with ExitStack() as opened:
+            interrupt = opened.enter_context(interruptible())
+            trace = opened.enter_context(Trace(self.out / "profile" if profile and is_main() else None))
+            self.tracker = opened.enter_context(open_trackers(self.config, self.out))
+            self.saver = opened.enter_context(checkpoints.Checkpoints(self.out))
+            advance = opened.enter_context(
+                progress("training", (self.total_steps - start) * examples, "examples")
+            )
+            stop = any_process(interrupt.asked)
+            self._use_negatives(step)
+            self.speed.start()
+            while step < self.total_steps and not stop:
                 # 1. one step
-                self.state, metrics = self.step(self.state, split_batch(next(self.batches), self.mesh))
+                trace.reached(step - start)
+                self.state, metrics = self.program(self.state, next(self.batches))
                 pending.append(metrics)
                 step += 1
                 epoch_ends = step % self.epoch_steps == 0
-                # 2. log
-                if step % LOG_EVERY == 0 or epoch_ends:
-                    row = self._log(step, pending, clock)
-                    advance(examples * len(pending), f"loss {row['loss']:.3f} (chance {row['chance']:.2f})")
-                    pending, clock = [], time.perf_counter()
+                # 2. log, and hear whether somebody wants the run to stop
+                alone = jax.process_count() == 1
+                if epoch_ends or step % log_every == 0 or (alone and interrupt.asked):
+                    row = self._log(step, pending)
+                    advance(examples * len(pending), note(row))
+                    pending = []
+                    stop = any_process(interrupt.asked)
                 # 3. validate and save
-                if epoch_ends and self._validation_due(step):
-                    self._validate(step)
-                    self._save(step)
-                    clock = time.perf_counter()
-            if interrupt.asked and step > start:  # else the checkpoint on disk is this very state
-                if pending:
-                    self._log(step, pending, clock)
-                if step % self.epoch_steps or not self._validation_due(step):
-                    self.scores = {}
-                    self._save(step)
+                validation_due = epoch_ends and self._validation_due(step)
+                scores = self._validate(step) if validation_due else {}
+                if validation_due or stop or self._save_due(step):
+                    self._save(step, scores)
+                    self.speed.start()
+                # 4. new negatives where an epoch begins
+                if epoch_ends and step < self.total_steps:
+                    self._use_negatives(step)
+        barrier("finished")
         newest = checkpoints.latest(self.out)
         assert newest is not None
-        return Outcome(step, interrupt.asked and step < self.total_steps, newest)
+        return Outcome(step, stop and step < self.total_steps, newest)
+
+    def _announce(self) -> None:
+        settings = self.config.train
+        query = self.validate.plain_query[checkpoints.SELECT_BY]
+        processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
+        say(
+            f"{self.total_steps} steps of {settings.batch_size} examples on {self.program.mesh.size} "
+            f"device(s){processes}; dev {checkpoints.SELECT_BY} of the plain query {query:.3f}"
+        )
+
+    def _use_negatives(self, step: int) -> None:
+        """Mine hard negatives where it is time to, and add them to the batches from `step` on."""
+        settings = self.config.train
+        epoch = step // self.epoch_steps
+        due = step % self.epoch_steps == 0 and epoch % settings.mine_every_epochs == 0
+        if settings.mined_negatives and (due or self.mined is None):
+            self.mined = mining.mined_now(settings, self.data, self.predict_train, self.state)
+            found = np.mean(np.sum(self.mined >= 0, axis=1))
+            say(f"mined {found:.1f} hard negatives per example")
+        self.batches.seek(step)
+        if settings.mined_negatives or settings.context_negatives:
+            self.batches.add_negatives(mining.beside_the_given(settings, self.data, self.mined))
 
     def _validation_due(self, step: int) -> bool:
         epoch = step // self.epoch_steps
         return bool(step == self.total_steps or epoch % self.config.train.eval_every_epochs == 0)
 
-    def _log(self, step: int, pending: list[Metrics], since: float) -> Mapping[str, float]:
+    def _save_due(self, step: int) -> bool:
+        every = self.config.train.save_every_steps
+        return bool(every and step % every == 0)
+
+    def _log(self, step: int, pending: list[Metrics]) -> dict[str, float]:
         fetched = jax.device_get(pending)  # waits for the device, so the clock is read after it
-        seconds = time.perf_counter() - since
-        row = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in fetched[0]}
-        if not np.isfinite(row["loss"]) or not np.isfinite(row["gradient_norm"]):
-            good = checkpoints.latest(self.out)
-            kept = (
-                f"the last good checkpoint is step {good.step}" if good else "no checkpoint was written yet"
-            )
-            raise PredictorError(
-                f"loss {row['loss']} and gradient norm {row['gradient_norm']} between steps "
-                f"{step - len(pending) + 1} and {step}: training stopped; {kept}. "
-                "A lower train.learning-rate usually helps."
-            )
+        for index, metrics in enumerate(fetched):
+            if not metrics["finite"]:
+                self._give_up(step - len(pending) + index + 1, metrics)
+        names = [name for name in fetched[0] if name != "finite"]
+        row = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in names}
         update = (step - 1) // self.config.train.accumulate_grad_batches
         row["learning_rate"] = float(self.schedule(update))
-        row["samples_per_second"] = self.config.train.batch_size * len(pending) / seconds
+        row |= self.speed.since_start(len(pending))
         self.history.add({"step": step, "epoch": self._epoch(step), **row})
+        self.tracker.log(step, row)
+        self.speed.start()
         return row
 
-    def _validate(self, step: int) -> None:
-        self.scores = self.validate(self.state.params)
-        self.history.add({"step": step, "epoch": self._epoch(step), **self.scores})
-        last = next(row for row in reversed(self.history.rows) if "loss" in row)
-        name = checkpoints.SELECT_BY
-        console.print(
-            f"epoch {self._epoch(step):g}: loss {last['loss']:.3f} (chance {last['chance']:.2f}), "
-            f"dev {name} {self.scores[name]:.3f} (query {self.validate.plain_query[name]:.3f}), "
-            f"{last['samples_per_second']:,.0f} examples/s",
-            soft_wrap=True,
+    def _give_up(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Stop for a loss that is no finite number; the state is still the one before that step."""
+        ids = self.batches.examples_of(step - 1)
+        file = self.out / f"bad_batch_{step}.json"
+        if is_main():
+            write_json(file, {"step": step, "examples": ids})
+        known = checkpoints.latest(self.out)
+        if step > 1 and (known is None or known.step != step - 1):
+            self.state = replace(self.state, halted=jnp.zeros_like(self.state.halted))
+            self._save(step - 1, {})
+            self.saver.wait()
+        raise PredictorError(
+            f"loss {metrics['loss']} and gradient norm {metrics['gradient_norm']} in step {step}: training "
+            f"stopped before that step could change anything; {_kept(self.out)}. Its batch: "
+            f"{', '.join(ids[:3])} and {len(ids) - 3} more, all in {file}. If the examples are sound, a "
+            "lower train.learning-rate usually helps."
         )
 
-    def _save(self, step: int) -> None:
-        facts = {"epoch": self._epoch(step), "metrics": self.scores, **self.facts}
-        checkpoints.save(self.out, self.state, self.config, self.batches.get_state(), facts)
-        self.history.write_csv()
-        plot_curves(self.history, self.validate.plain_query, self.out / "curves.png")
+    def _validate(self, step: int) -> dict[str, float]:
+        scores = self.validate(self.state)
+        if not scores:  # another process has them
+            return {}
+        self.history.add({"step": step, "epoch": self._epoch(step), **scores})
+        self.tracker.log(step, scores)
+        last = next(row for row in reversed(self.history.rows) if "loss" in row)
+        name = checkpoints.SELECT_BY
+        say(
+            f"epoch {self._epoch(step):g}: loss {last['loss']:.3f} (chance {last['chance']:.2f}), "
+            f"dev {name} {scores[name]:.3f} (query {self.validate.plain_query[name]:.3f}), "
+            f"{last['samples_per_second']:,.0f} examples/s"
+        )
+        if self.validate.collapsing(scores):
+            say(
+                f"predictions are collapsing: they spread in {scores['rank']:.0f} directions, the targets in "
+                f"{self.validate.target_rank:.0f}; a higher train.temperature or more negatives may help"
+            )
+        return scores
+
+    def _save(self, step: int, scores: Mapping[str, float]) -> None:
+        facts = {"epoch": self._epoch(step), "metrics": scores, **self.facts}
+        self.saver.save(self.state, self.config, facts, self.mined)
+        if is_main():
+            self.history.write_csv()
+            plot_curves(self.history, self.validate.plain_query, self.out / "curves.png")
 
     def _epoch(self, step: int) -> float:
         return round(step / float(self.epoch_steps), 4)
+
+
+def _kept(run: Path) -> str:
+    newest = checkpoints.latest(run)
+    return f"the last good checkpoint is step {newest.step}" if newest else "no checkpoint was written yet"

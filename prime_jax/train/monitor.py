@@ -3,12 +3,17 @@
 import csv
 import io
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from prime_jax.config import Config
 from prime_jax.errors import CheckpointError
 from prime_jax.files import atomic_path, write_text
+from prime_jax.train.flops import DType, flops_per_example, mfu
 
 Row = Mapping[str, Any]
 
@@ -19,16 +24,26 @@ class History:
     A row of training has `loss`, one of validation has `MRR@10`; both have `step` and `epoch`.
     """
 
-    def __init__(self, run: Path, *, until_step: int):
-        """Take up the history of `run`, dropping rows after `until_step` (they will be written again)."""
+    def __init__(self, run: Path, *, until_step: int, writing: bool = True):
+        """Take up the history of `run`, dropping rows after `until_step` (they will be written again).
+
+        Args:
+            run: Run folder.
+            until_step: Last step whose rows stay.
+            writing: Whether rows go to disk; one process of a run does that.
+        """
+        self._writing = writing
         self._jsonl = run / "history.jsonl"
         self._csv = run / "history.csv"
         self.rows: list[Row] = [row for row in self._read() if row["step"] <= until_step]
-        write_text(self._jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
+        if writing:
+            write_text(self._jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:
         """Append a row."""
         self.rows.append(row)
+        if not self._writing:
+            return
         with self._jsonl.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row, allow_nan=False) + "\n")
 
@@ -54,6 +69,67 @@ class History:
                     break
                 raise CheckpointError(f"{self._jsonl}, line {number}: not valid JSON") from None
         return rows
+
+
+class Speed:
+    """Samples per second, and how much of the devices' arithmetic they use."""
+
+    def __init__(self, config: Config, devices: int):
+        self._config, self._devices = config, devices
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Begin to count, after whatever was not training."""
+        self._since = time.perf_counter()
+
+    def since_start(self, steps: int) -> dict[str, float]:
+        """`samples_per_second`, and `mfu` (0 to 1) where the peak of the device is known."""
+        rate = self._config.train.batch_size * steps / (time.perf_counter() - self._since)
+        per_example = flops_per_example(self._config.model, recomputed=False)
+        dtype: DType = "bfloat16" if self._config.train.mixed_precision else "float32"
+        used = mfu(rate, per_example, self._devices, jax.local_devices()[0], dtype)
+        return {"samples_per_second": rate, **({} if used is None else {"mfu": used})}
+
+
+def note(row: Row) -> str:
+    """The end of the progress line: what tells whether training goes well."""
+    parts = [
+        f"loss {row['loss']:.3f} (chance {row['chance']:.2f})",
+        f"gradient {row['gradient_norm']:.2g}",
+        f"{row['negatives']:,.0f} negatives",
+    ]
+    if "mfu" in row:
+        parts.append(f"MFU {row['mfu']:.0%}")
+    return ", ".join(parts)
+
+
+class Trace:
+    """A profile of a few steps, written for TensorBoard or Perfetto; nothing where there is no folder."""
+
+    FIRST, LAST = 3, 8  # steps since the start; the first ones compile
+
+    def __init__(self, folder: Path | None):
+        self._folder = folder
+        self._running = False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def reached(self, step: int) -> None:
+        """Say how many steps were made since the start."""
+        if self._folder is not None and step == self.FIRST:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif step == self.LAST:
+            self._stop()
+
+    def _stop(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def plot_curves(history: History, plain_query: Mapping[str, float], file: Path) -> bool:

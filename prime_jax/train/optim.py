@@ -6,6 +6,7 @@ import jax
 import optax
 
 from prime_jax.config import TrainingConfig
+from prime_jax.losses.objective import TARGET_HEAD
 
 
 def warmup_steps(config: TrainingConfig, updates: int) -> int:
@@ -39,7 +40,18 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
     clip = (
         optax.clip_by_global_norm(config.gradient_clip_val) if config.gradient_clip_val else optax.identity()
     )
-    optimizer = optax.chain(clip, adamw)
+    optimizer = optax.chain(clip, adamw, _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier))
     if config.accumulate_grad_batches == 1:
         return optimizer
     return optax.MultiSteps(optimizer, config.accumulate_grad_batches).gradient_transformation()
+
+
+def _slowed(name: str, share: float) -> optax.GradientTransformation:
+    """Move the parameters under `name` by a share of what they would move otherwise."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        if name not in updates:
+            return updates
+        return {**updates, name: jax.tree.map(lambda leaf: share * leaf, updates[name])}
+
+    return optax.stateless(scale)

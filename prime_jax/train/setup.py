@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
 from prime_jax._version import __version__
 from prime_jax.config import Config, load_stored_config
@@ -12,10 +14,10 @@ from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.prepare import prepare
 from prime_jax.errors import CheckpointError, ConfigError
-from prime_jax.progress import console
 from prime_jax.train import checkpoints
+from prime_jax.train.collective import in_turn, say
 from prime_jax.train.optim import warmup_steps
-from prime_jax.train.state import TrainState, pure_params
+from prime_jax.train.state import pure_params
 
 Facts = dict[str, Any]
 
@@ -29,7 +31,7 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     if not (out / checkpoints.CONFIG).exists():
         raise CheckpointError(f"{out}: no run to resume here")
     stored = load_stored_config(out / checkpoints.CONFIG)
-    for section in ("model", "train", "data", "mesh"):
+    for section in ("model", "train", "data"):  # another mesh, other trackers change no result
         before, now = getattr(stored, section).model_dump(), getattr(config, section).model_dump()
         changed = [name for name in before if before[name] != now[name]]
         changed = [name for name in changed if (section, name) not in {("data", "path"), ("data", "store")}]
@@ -53,14 +55,15 @@ def embedded(config: Config) -> tuple[EmbeddedDataset, Facts]:
                 f"model.{name} is {getattr(config.model, name)}, but the encoder {encoder.identity} gives "
                 f"{encoder.dim}; set --model.{name.replace('_', '-')} {encoder.dim}"
             )
-    dataset, store = prepare(
-        Path(source.path),
-        ("train", "dev"),
-        encoder,
-        store_folder=Path(source.store) if source.store else None,
-        query_prefix=source.query_prefix,
-        passage_prefix=source.passage_prefix,
-    )
+    with in_turn("prepared"):  # the first process encodes, the others find the work done
+        dataset, store = prepare(
+            Path(source.path),
+            ("train", "dev"),
+            encoder,
+            store_folder=Path(source.store) if source.store else None,
+            query_prefix=source.query_prefix,
+            passage_prefix=source.passage_prefix,
+        )
     data = embed_dataset(
         dataset,
         store,
@@ -78,32 +81,67 @@ def embedded(config: Config) -> tuple[EmbeddedDataset, Facts]:
     return data, facts
 
 
-def with_weights_of(config: Config, state: TrainState) -> TrainState:
-    """Start from the weights of `model.checkpoint_path` where one is given."""
+def starting_weights(config: Config) -> Any | None:
+    """The weights of `model.checkpoint_path`, where one is given.
+
+    Raises:
+        ConfigError: If its model has other shapes.
+    """
     if config.model.checkpoint_path is None:
-        return state
-    model, _, _ = checkpoints.load_model(Path(config.model.checkpoint_path))
-    params = pure_params(model)
-    shapes = [jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (params, state.params)]
-    if shapes[0] != shapes[1]:
+        return None
+    params = pure_params(checkpoints.load_model(Path(config.model.checkpoint_path)).model)
+    fresh = jax.eval_shape(lambda: pure_params(config.model.build(rngs=nnx.Rngs(0))))
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, fresh):
         raise ConfigError(f"model.checkpoint_path {config.model.checkpoint_path}: its model has other shapes")
-    return TrainState(step=state.step, params=params, opt_state=state.opt_state, rng=state.rng)
+    return params
+
+
+def warn(config: Config, updates: int) -> None:
+    """Say, before the first step, what a user may not expect of these settings."""
+    warn_of_shortened_warmup(config, updates)
+    warn_of_unused(config)
+    say_how_many_negatives(config)
 
 
 def warn_of_shortened_warmup(config: Config, updates: int) -> None:
     """Say so when the run is too short for the configured warm-up."""
     used = warmup_steps(config.train, updates)
     if used < config.train.warmup_steps:
-        console.print(
+        say(
             f"warm-up shortened from {config.train.warmup_steps} to {used} updates, "
             f"a tenth of this run's {updates}"
         )
 
 
 def warn_of_unused(config: Config) -> None:
-    """Say so when a field of the requirement was changed that this version does not act on."""
-    name = "y_encoder_lr_multiplier"
-    if getattr(config.train, name) != type(config.train).model_fields[name].default:
-        console.print(f"train.{name} has no effect: targets are frozen embeddings", soft_wrap=True)
-    if config.train.negatives == "corpus" and config.train.num_negatives:
-        console.print("train.num_negatives has no effect: all passages are negatives already", soft_wrap=True)
+    """Say so when a setting was changed that the others leave without effect."""
+    train = config.train
+    unused = {
+        "y_encoder_lr_multiplier": train.target == "frozen",
+        "ema_start": train.target != "ema",
+        "ema_end": train.target != "ema",
+        "temperature_end": train.temperature_schedule != "annealed",
+        "projection_weight": not train.projection_dim,
+        "remat_policy": not train.gradient_checkpointing,
+        "mine_every_epochs": not train.mined_negatives,
+        "mining_margin": not train.mined_negatives,
+        **dict.fromkeys(
+            ("num_negatives", "mined_negatives", "context_negatives"), train.negatives == "corpus"
+        ),
+    }
+    reasons = {"num_negatives": ": all passages are negatives already"}
+    for name, without_effect in unused.items():
+        if without_effect and getattr(train, name) != type(train).model_fields[name].default:
+            say(f"train.{name} has no effect here{reasons.get(name, '')}")
+
+
+def say_how_many_negatives(config: Config) -> None:
+    """Accumulation adds gradients, not negatives; say it where somebody could think otherwise."""
+    train = config.train
+    if train.accumulate_grad_batches > 1 and train.negatives == "batch":
+        whole = train.batch_size * train.accumulate_grad_batches
+        say(
+            f"each row is told from the other {train.batch_size - 1} of its batch, not from the {whole} of "
+            f"an update; train.batch-size {whole} with train.micro-batch-size {train.batch_size} would do "
+            "that in about the same memory"
+        )

@@ -10,9 +10,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from prime_jax.losses.objective import TARGET_HEAD, Objective
 from prime_jax.models import ModelConfig
 
 Graph = nnx.GraphDef[Any]
+
+Leaf = Any  # Array, or what JAX puts in its place when it describes a program
+
+MODEL = "model"
 
 
 @jax.tree_util.register_dataclass
@@ -21,16 +26,28 @@ class TrainState:
     """Everything a step reads and returns; nothing else changes during training.
 
     Attributes:
-        step: Batches seen so far, scalar int32.
-        params: The model's parameters as nested dicts of float32 arrays.
+        step: Batches learned from so far, scalar int32.
+        params: What is trained, float32: `model` holds the model's parameters as nested dicts; what the
+            objective trains stands beside it under its own names.
+        average: Kernel of the averaged target head, `[E, E]`, or None (`train.target: ema` only).
         opt_state: State of the optimizer.
         rng: Raw key data; the dropout key of a step is this folded with the step number.
+        halted: Whether a loss or gradient was no finite number. From then on nothing changes, so that the
+            state stays the last good one until the loop notices.
     """
 
-    step: Array
+    step: Leaf
     params: Any
+    average: Leaf | None
     opt_state: Any
-    rng: Array
+    rng: Leaf
+    halted: Leaf
+
+    @property
+    def target_head(self) -> Array | None:
+        """Kernel of the head that targets are compared through at inference, or None for frozen targets."""
+        head: Array | None = self.params.get(TARGET_HEAD) if self.average is None else self.average
+        return head
 
 
 def build_graph(config: ModelConfig, dtype: DTypeLike) -> Graph:
@@ -43,12 +60,24 @@ def pure_params(model: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(model, nnx.Param))
 
 
-def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+def init_state(
+    config: ModelConfig,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    objective: Objective | None = None,
+) -> TrainState:
     """Fresh weights and optimizer state, both from `seed`."""
-    params = pure_params(config.build(rngs=nnx.Rngs(seed)))
+    objective = objective or Objective()
+    key = jax.random.key(seed)
+    params = {
+        MODEL: pure_params(config.build(rngs=nnx.Rngs(seed))),
+        **objective.initial(jax.random.fold_in(key, 1), config.output_dim),
+    }
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
+        average=jnp.copy(params[TARGET_HEAD]) if objective.target == "ema" else None,
         opt_state=optimizer.init(params),
-        rng=jax.random.key_data(jax.random.key(seed)),
+        rng=jax.random.key_data(key),
+        halted=jnp.zeros((), bool),
     )

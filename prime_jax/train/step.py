@@ -1,53 +1,144 @@
-"""One training step: pure, jitted once, the same on one device or many."""
+"""One training step: pure, jitted once, the same on one device or many.
 
-from collections.abc import Callable
-from dataclasses import replace
+With a micro-batch, activations are held for that many rows at a time and the loss still sees the whole batch
+(gradient caching, arXiv 2101.06983): a first pass predicts everything, the loss gives each prediction its
+gradient, a second pass predicts again, with the same dropout, and carries these gradients to the weights.
+"""
+
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array
 
 from prime_jax.losses.corpus import Corpus
-from prime_jax.losses.objective import contrastive_objective
-from prime_jax.train.state import Graph, TrainState
+from prime_jax.losses.objective import TARGET_HEAD, Objective
+from prime_jax.nn.remat import Remat
+from prime_jax.nn.target_head import ema, ema_decay
+from prime_jax.train.sharding import replicated, state_shardings
+from prime_jax.train.state import MODEL, Graph, TrainState
+from prime_jax.turns import in_turns, rejoined
 from prime_jax.types import Batch
 
 Metrics = dict[str, Array]
-Step = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+Inputs = tuple[Array, Array, Array]  # context, query, context_mask
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step needs to know besides the state and the batch.
+
+    Attributes:
+        total_steps: Length of the run, for what moves with its progress.
+        remat: What the backward pass recomputes instead of keeping it (FR-PRED-010).
+        micro_batch: Rows whose activations are held at a time; 0 for the whole batch.
+        ema: First and last decay of the averaged target head.
+    """
+
+    total_steps: int = 1
+    remat: Remat = "none"
+    micro_batch: int = 0
+    ema: tuple[float, float] = (0.996, 0.999)
 
 
 def make_train_step(
     graph: Graph,
     optimizer: optax.GradientTransformation,
-    *,
-    temperature: float,
-    remat: bool,
-    corpus: Corpus | None = None,
-) -> Step:
-    """Build the jitted step; the state it is given is donated.
+    objective: Objective,
+    plan: StepPlan,
+    mesh: Mesh | None = None,
+) -> Any:
+    """Build the jitted step `step(state, batch, corpus=None) -> (state, metrics)`; it donates the state.
 
     Args:
         graph: Structure of the model.
         optimizer: Turns gradients into updates.
-        temperature: Of InfoNCE.
-        remat: Recompute activations in the backward pass (FR-PRED-010).
-        corpus: The negatives of every row; None means the other targets of the batch.
+        objective: What is minimised.
+        plan: How.
+        mesh: The devices; None for the one that JAX prefers.
+
+    Returns:
+        A jitted function, so that `.lower(...).compile()` works too. Its metrics are scalars: those of the
+        objective, `gradient_norm`, and `finite`, which is False where the step changed nothing because the
+        loss or the gradient was no finite number, or because a step before it had that fault.
     """
 
-    def loss_fn(params: Any, batch: Batch, corpus: Corpus | None, key: Array) -> tuple[Array, Metrics]:
+    def predict(params: Any, inputs: Inputs, key: Array) -> Array:
+        if mesh is not None:  # weights come together where they are used, gradients go back to their shares
+            params = jax.lax.with_sharding_constraint(params, replicated(mesh))
         model = nnx.merge(graph, params)
-        predicted = model(batch.context, batch.query, batch.context_mask, dropout_key=key, remat=remat)
-        return contrastive_objective(predicted, batch, temperature, corpus)
+        predicted: Array = model(*inputs, dropout_key=key, remat=plan.remat)
+        return predicted
 
-    def step(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[TrainState, Metrics]:
+    def loss_and_gradient(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        (_, metrics), gradient = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch, corpus, key)
+        inputs = (batch.context, batch.query, batch.context_mask)
+        own = {name: value for name, value in state.params.items() if name != MODEL}
+        turns = batch.query.shape[0] // plan.micro_batch if plan.micro_batch else 1
+
+        def loss(predicted: Array, own: Any) -> tuple[Array, Metrics]:
+            return objective(
+                predicted,
+                batch,
+                own,
+                average=state.average,
+                progress=state.step / plan.total_steps,
+                corpus=corpus,
+                turns=turns,
+            )
+
+        if turns == 1:
+
+            def whole(params: Any) -> tuple[Array, Metrics]:
+                own = {name: value for name, value in params.items() if name != MODEL}
+                return loss(predict(params[MODEL], inputs, key), own)
+
+            (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
+            return metrics, gradient
+
+        parts = in_turns(inputs, turns)
+        keys = jax.vmap(lambda turn: jax.random.fold_in(key, turn))(jnp.arange(turns))
+        params = state.params[MODEL]
+        predicted = jax.lax.map(lambda turn: predict(params, *turn), (parts, keys))
+        (_, metrics), (slope, own_gradient) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+            rejoined(predicted), own
+        )
+
+        def add(total: Any, turn: tuple[Inputs, Array, Array]) -> tuple[Any, None]:
+            part, part_key, part_slope = turn
+            _, pull_back = jax.vjp(lambda params: predict(params, part, part_key), params)
+            return jax.tree.map(jnp.add, total, pull_back(part_slope)[0]), None
+
+        nothing = jax.tree.map(jnp.zeros_like, params)
+        gradient, _ = jax.lax.scan(add, nothing, (parts, keys, in_turns(slope, turns)))
+        return metrics, {MODEL: gradient, **own_gradient}
+
+    def step(state: TrainState, batch: Batch, corpus: Corpus | None = None) -> tuple[TrainState, Metrics]:
+        metrics, gradient = loss_and_gradient(state, batch, corpus)
+        norm = optax.tree.norm(gradient)
+        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & ~state.halted
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient_norm"] = optax.tree.norm(gradient)
-        return replace(state, step=state.step + 1, params=params, opt_state=opt_state), metrics
+        average = state.average
+        if average is not None:
+            decay = ema_decay(*plan.ema, (state.step + 1) / plan.total_steps)
+            average = ema(average, params[TARGET_HEAD], decay)
+        moved = replace(state, step=state.step + 1, params=params, average=average, opt_state=opt_state)
+        kept: TrainState = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+        return replace(kept, halted=~finite), {**metrics, "gradient_norm": norm, "finite": finite}
 
-    jitted = jax.jit(step, donate_argnums=0)
-    return lambda state, batch: jitted(state, batch, corpus)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+
+    def constrained(
+        state: TrainState, batch: Batch, corpus: Corpus | None = None
+    ) -> tuple[TrainState, Metrics]:
+        state, metrics = step(state, batch, corpus)
+        state = jax.lax.with_sharding_constraint(state, state_shardings(mesh, state))
+        return state, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
+
+    return jax.jit(constrained, donate_argnums=0)

@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from prime_jax.errors import PredictorError
 from prime_jax.models.prime import COPY_DECAY, COPY_WEIGHT, EmbeddingPredictor, PredictorConfig
+from prime_jax.nn.remat import Remat
 
 MODES = ("full", "prefix", "causal")
 
@@ -82,7 +83,7 @@ def test_who_influences_whom_by_gradient(mode: str) -> None:
     context, query = inputs(batch=1, turns=4)
 
     def turns_after_one_layer(context: jax.Array, query: jax.Array) -> jax.Array:
-        return model._transform(context, query, jnp.ones((1, 4), bool), None, False)[1][0].sum(axis=-1)
+        return model._transform(context, query, jnp.ones((1, 4), bool), None, "none")[1][0].sum(axis=-1)
 
     by_turn, by_query = jax.jacobian(turns_after_one_layer, argnums=(0, 1))(context, query)
     seen = np.asarray(jnp.abs(by_turn).sum(axis=(1, 3)) > 0)  # [state of turn, turn]
@@ -127,16 +128,17 @@ def test_gradient_by_finite_differences(residual: str) -> None:
         assert float(slope) == pytest.approx(float(gradient @ direction), rel=1e-2, abs=2e-3)
 
 
-def test_remat_changes_nothing_but_memory() -> None:
+@pytest.mark.parametrize("policy", ["blocks", "dots"])
+def test_remat_changes_nothing_but_memory(policy: Remat) -> None:
     """FR-PRED-010: same loss and gradient, with dropout on."""
     graph, params = nnx.split(make())
     context, query = inputs()
 
-    def loss(params: nnx.State, remat: bool) -> jax.Array:
+    def loss(params: nnx.State, remat: Remat) -> jax.Array:
         out = nnx.merge(graph, params)(context, query, dropout_key=jax.random.key(1), remat=remat)
         return out[:, 0].sum()
 
-    plain, again = (jax.value_and_grad(loss)(params, remat) for remat in (False, True))
+    plain, again = (jax.value_and_grad(loss)(params, remat) for remat in ("none", policy))
     for left, right in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-5, rtol=1e-5)
 

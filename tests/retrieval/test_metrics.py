@@ -1,4 +1,3 @@
-
 import ir_measures
 import numpy as np
 import pytest

@@ -4,16 +4,9 @@ from pathlib import Path
 
 import fakes
 import pytest
+from commands import SETTINGS
 
 from prime_jax.config import Config, read_config
-
-SETTINGS = [
-    *("--model.input-dim", f"{fakes.DIM}", "--model.output-dim", f"{fakes.DIM}", "--model.hidden-dim", "128"),
-    *("--model.num-layers", "1", "--model.num-heads", "4", "--model.max-context-length", "4"),
-    *("--train.batch-size", "8", "--train.num-epochs", "2", "--train.warmup-steps", "2"),
-    *("--train.learning-rate", "0.003", "--train.gradient-checkpointing", "false"),
-    *("--train.mixed-precision", "false", "--data.encoder", "fakes:encoder"),
-]
 
 
 @pytest.fixture(scope="session")

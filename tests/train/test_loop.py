@@ -14,7 +14,7 @@ import pytest
 
 from prime_jax.config import Config, read_config
 from prime_jax.errors import CheckpointError, ConfigError, PredictorError
-from prime_jax.train import checkpoints, loop
+from prime_jax.train import checkpoints, loop, program
 from prime_jax.train import interrupt as interrupt_module
 from prime_jax.train.__main__ import main
 from prime_jax.train.checkpoints import load_model
@@ -31,7 +31,7 @@ def params_of(run: Path) -> list[np.ndarray]:
 
 def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the process receive Ctrl-C while it works on the given step."""
-    real, seen = loop.split_batch, []
+    real, seen = program.split_batch, []
 
     def counting(*args: Any) -> Any:
         seen.append(1)
@@ -39,7 +39,7 @@ def interrupt_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(loop, "split_batch", counting)
+    monkeypatch.setattr(program, "split_batch", counting)
 
 
 def test_a_run_learns_and_leaves_everything_behind(
@@ -119,8 +119,11 @@ def test_stopped_and_resumed_equals_never_stopped(
     assert main(["--resume", "--out", str(broken)]) == 0
     for left, right in zip(params_of(whole), params_of(broken), strict=True):
         np.testing.assert_array_equal(left, right)
-    last = [json.loads((run / "history.jsonl").read_text().splitlines()[-1]) for run in (whole, broken)]
+    lines = [(run / "history.jsonl").read_text().splitlines() for run in (whole, broken)]
+    last = [json.loads(rows[-1]) for rows in lines]
     assert last[0] == last[1]
+    validated = [[row for row in map(json.loads, rows) if "MRR@10" in row] for rows in lines]
+    assert validated[0] == validated[1]  # those of before the interrupt too
 
 
 def test_an_interrupt_after_validation_keeps_its_score(
@@ -178,17 +181,21 @@ def test_resume_refuses_other_settings_other_data_and_empty_folders(
 def test_a_loss_that_is_no_number_stops_the_run_and_keeps_the_last_good_checkpoint(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, calls = loop.split_batch, []
+    real, calls = program.split_batch, []
 
     def poisoned(batch: Any, mesh: Any) -> Any:
         calls.append(1)
         query = batch.query * np.float32(np.nan if len(calls) == 8 else 1)
         return real(batch._replace(query=query), mesh)
 
-    monkeypatch.setattr(loop, "split_batch", poisoned)
-    with pytest.raises(PredictorError, match=r"loss nan .* between steps 6 and 10.*checkpoint is step 5"):
+    monkeypatch.setattr(program, "split_batch", poisoned)
+    said = r"loss nan .* in step 8:.*checkpoint is step 7.*Its batch: \d+-\d, "
+    with pytest.raises(PredictorError, match=said):
         loop.train(config, tmp_path)
-    assert [kept.step for kept in checkpoints.list_checkpoints(tmp_path)] == [5]
+    assert [kept.step for kept in checkpoints.list_checkpoints(tmp_path)] == [5, 7]
+    told = json.loads((tmp_path / "bad_batch_8.json").read_text())
+    assert told["step"] == 8
+    assert len(told["examples"]) == 8
 
 
 def test_wrong_dimension_names_the_option(settings: list[str], tmp_path: Path, capsys: Any) -> None:

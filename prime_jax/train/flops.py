@@ -1,0 +1,68 @@
+"""Counting the arithmetic of training, to tell how much of a device it uses (MFU, arXiv 2204.02311)."""
+
+from typing import Literal
+
+import jax
+
+from prime_jax.models.prime import PredictorConfig
+
+DType = Literal["bfloat16", "float32"]
+
+# Dense peaks in TFLOP/s as the vendors' data sheets give them: bfloat16 (float16 where there is none), and
+# float32 without TF32. The first name that a device's kind contains decides.
+PEAKS: dict[str, tuple[float, float]] = {
+    "H200": (989, 67),
+    "H100 PCIe": (756, 51),
+    "H100": (989, 67),
+    "B200": (2250, 80),
+    "A100": (312, 19.5),
+    "L40S": (362, 91.6),
+    "L4": (121, 30.3),
+    "A10G": (70, 31.2),
+    "V100": (125, 15.7),
+    "T4": (65, 8.1),
+    "TPU v6 lite": (918, 918),  # TPUs multiply float32 in passes of bfloat16
+    "TPU v5p": (459, 459),
+    "TPU v5 lite": (197, 197),
+    "TPU v4": (275, 275),
+}
+
+
+def forward_flops(config: PredictorConfig) -> float:
+    """FLOPs of predicting one full window: every matrix product, two per multiply-add."""
+    hidden, tokens = config.hidden_dim, config.max_context_length + 2
+    inputs = (tokens - 1) * config.input_dim * hidden + hidden * config.output_dim
+    whole = 0.0
+    for layer in range(config.num_layers):
+        asking = 1 if layer == config.num_layers - 1 else tokens  # the last layer computes [PRED] alone
+        keys_and_values = 2 * tokens * hidden * hidden
+        queries_and_output = 2 * asking * hidden * hidden
+        attention = 2 * asking * tokens * hidden
+        mlp = 2 * asking * hidden * 4 * hidden
+        whole += keys_and_values + queries_and_output + attention + mlp
+    return 2.0 * (inputs + whole)
+
+
+def flops_per_example(config: PredictorConfig, *, recomputed: bool) -> float:
+    """FLOPs of learning from one example: forward, and twice as much backward.
+
+    Args:
+        config: The model.
+        recomputed: Count what gradient checkpointing computes again, as the device does. MFU leaves it out.
+    """
+    return (4 if recomputed else 3) * forward_flops(config)
+
+
+def peak_flops(device: jax.Device, dtype: DType) -> float | None:
+    """FLOPs per second that a device can reach at best, None where it is not known."""
+    kind = device.device_kind
+    found = next((peaks for name, peaks in PEAKS.items() if name.lower() in kind.lower()), None)
+    return None if found is None else 1e12 * found[0 if dtype == "bfloat16" else 1]
+
+
+def mfu(
+    samples_per_second: float, per_example: float, devices: int, device: jax.Device, dtype: DType
+) -> float | None:
+    """Share of the devices' peak that the model's own arithmetic uses, None where the peak is not known."""
+    peak = peak_flops(device, dtype)
+    return None if peak is None else samples_per_second * per_example / (devices * peak)

@@ -1,0 +1,102 @@
+"""Everything a run computes with: mesh, model, objective, optimizer, and the step they compile to."""
+
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from prime_jax.config import Config, TrainingConfig
+from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.losses.corpus import Corpus, in_chunks
+from prime_jax.losses.objective import Objective
+from prime_jax.nn.remat import Remat
+from prime_jax.train import memory
+from prime_jax.train.collective import say
+from prime_jax.train.optim import make_optimizer
+from prime_jax.train.sharding import make_mesh, split_batch, spread_out, state_shardings
+from prime_jax.train.state import MODEL, TrainState, build_graph, init_state
+from prime_jax.train.step import Metrics, StepPlan, make_train_step
+from prime_jax.types import Batch
+
+
+def objective_of(settings: TrainingConfig) -> Objective:
+    """The objective that a configuration describes."""
+    return Objective(
+        temperature=settings.temperature,
+        schedule=settings.temperature_schedule,
+        temperature_end=settings.temperature_end,
+        projection_dim=settings.projection_dim,
+        projection_weight=settings.projection_weight,
+        target=settings.target,
+    )
+
+
+def remat_of(settings: TrainingConfig) -> Remat:
+    """What the backward pass recomputes under a configuration."""
+    return settings.remat_policy if settings.gradient_checkpointing else "none"
+
+
+class TrainingProgram:
+    """The compiled step of a run, and what it runs on.
+
+    Attributes:
+        mesh: The devices of all processes.
+    """
+
+    def __init__(self, config: Config, data: EmbeddedDataset, total_steps: int):
+        settings = config.train
+        self._config = config
+        self.mesh = make_mesh(config.mesh, settings.batch_size, settings.micro_batch_size)
+        self._optimizer = make_optimizer(settings, max(1, total_steps // settings.accumulate_grad_batches))
+        self._objective = objective_of(settings)
+        plan = StepPlan(
+            total_steps=total_steps,
+            remat=remat_of(settings),
+            micro_batch=settings.micro_batch_size,
+            ema=(settings.ema_start, settings.ema_end),
+        )
+        graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
+        self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
+        self._corpus: Corpus | None = None
+        if settings.negatives == "corpus":
+            self._corpus = in_chunks(data.corpus(), settings.corpus_chunk, self.mesh)
+        self._compiled: Any = None
+
+    def initial_state(self, weights: Any | None = None) -> TrainState:
+        """A fresh state, made where it will live: no device ever holds what it does not keep.
+
+        Args:
+            weights: Parameters of the model to start from; None for fresh ones.
+        """
+
+        def start() -> TrainState:
+            return init_state(self._config.model, self._optimizer, self._config.train.seed, self._objective)
+
+        shardings = state_shardings(self.mesh, jax.eval_shape(start))
+        state: TrainState = jax.jit(start, out_shardings=shardings)()
+        if weights is not None:
+            placed = spread_out(weights, shardings.params[MODEL])
+            state = replace(state, params={**state.params, MODEL: placed})
+        return state
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """One step with this process's rows of a batch; `state` is used up.
+
+        Raises:
+            ConfigError: At the first call, if the memory of a device will not suffice.
+        """
+        placed = split_batch(batch, self.mesh)
+        if self._compiled is None:
+            self._compiled = self._compile(state, placed)
+        answer: tuple[TrainState, Metrics] = self._compiled(state, placed, self._corpus)
+        return answer
+
+    def _compile(self, state: TrainState, batch: Batch) -> Any:
+        """Compile, say how much memory a step takes, and refuse what cannot fit."""
+        compiled = self._step.lower(state, batch, self._corpus).compile()
+        needs = memory.needs_of(compiled, state)
+        limit = memory.available(jax.local_devices()[0])
+        say(memory.describe(needs, limit))
+        memory.check(needs, limit, self._config)
+        return compiled
