@@ -23,7 +23,7 @@ from prime_jax.types import Batch
 
 Step = Callable[[], float]
 Made = tuple[Step, dict[str, float]]  # and what is known of its memory before it runs, in MB
-TURNS, WARM = 10, 2
+TURNS = 10
 LEARNING_RATE, WEIGHT_DECAY, CLIP, TEMPERATURE = 1e-4, 0.01, 1.0, 0.07
 MB = 1e6
 
@@ -139,11 +139,11 @@ CONTENDERS: dict[str, Callable[..., Made]] = {
 }
 
 
-def serve(make: Callable[..., Made], config: PredictorConfig, rows: int, pipe: Connection) -> None:
-    """Run one contender: say that it is ready, time as many steps as the parent asks for, tell its memory."""
+def serve(make: Callable[..., Made], config: PredictorConfig, rows: int, warm: int, pipe: Connection) -> None:
+    """Run one contender: `warm` steps, then time as many as the parent asks for, then tell its memory."""
     try:
         step, memory = make(config, rows)
-        losses = [step() for _ in range(WARM)]
+        losses = [step() for _ in range(warm)]
     except Exception as unavailable:  # the parent reports it and goes on with the others
         lines = str(unavailable).strip().splitlines() or [""]
         pipe.send(f"{type(unavailable).__name__}: {lines[-1][:200]}")

@@ -39,11 +39,18 @@ def affine(
 
 
 def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
-    """Inverted dropout; the identity when there is no key or the rate is zero."""
+    """Inverted dropout; the identity when there is no key or the rate is zero.
+
+    An element is decided by 16 random bits, half of what `jax.random.bernoulli` draws: on CPUs drawing them
+    takes a fifth of a training step. The rate is thus rounded to a 65,536th, and the scale with it.
+    """
     if key is None or rate == 0.0:
         return x
-    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(kept, x / (1.0 - rate), 0.0)
+    dropped = round(rate * 2**16)
+    width = x.shape[-1]
+    words = jax.random.bits(key, (*x.shape[:-1], -(-width // 2)), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :width]
+    return jnp.where(halves >= dropped, x * (2**16 / (2**16 - dropped)), 0.0)
 
 
 def unit(x: Float[Array, "*a E"]) -> Float[Array, "*a E"]:

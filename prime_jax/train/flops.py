@@ -2,8 +2,6 @@
 
 from typing import Literal
 
-import jax
-
 from prime_jax.models.prime import PredictorConfig
 
 DType = Literal["bfloat16", "float32"]
@@ -53,16 +51,13 @@ def flops_per_example(config: PredictorConfig, *, recomputed: bool) -> float:
     return (4 if recomputed else 3) * forward_flops(config)
 
 
-def peak_flops(device: jax.Device, dtype: DType) -> float | None:
-    """FLOPs per second that a device can reach at best, None where it is not known."""
-    kind = device.device_kind
+def peak_flops(kind: str, dtype: DType) -> float | None:
+    """FLOPs per second that a device of a kind (JAX's `device_kind`) reaches at best, None where unknown."""
     found = next((peaks for name, peaks in PEAKS.items() if name.lower() in kind.lower()), None)
     return None if found is None else 1e12 * found[0 if dtype == "bfloat16" else 1]
 
 
-def mfu(
-    samples_per_second: float, per_example: float, devices: int, device: jax.Device, dtype: DType
-) -> float | None:
+def mfu(samples_per_second: float, per_example: float, devices: int, kind: str, dtype: DType) -> float | None:
     """Share of the devices' peak that the model's own arithmetic uses, None where the peak is not known."""
-    peak = peak_flops(device, dtype)
+    peak = peak_flops(kind, dtype)
     return None if peak is None else samples_per_second * per_example / (devices * peak)

@@ -87,7 +87,7 @@ class Speed:
         rate = self._config.train.batch_size * steps / (time.perf_counter() - self._since)
         per_example = flops_per_example(self._config.model, recomputed=False)
         dtype: DType = "bfloat16" if self._config.train.mixed_precision else "float32"
-        used = mfu(rate, per_example, self._devices, jax.local_devices()[0], dtype)
+        used = mfu(rate, per_example, self._devices, jax.local_devices()[0].device_kind, dtype)
         return {"samples_per_second": rate, **({} if used is None else {"mfu": used})}
 
 

@@ -35,11 +35,22 @@ def environment(devices: int = 1) -> dict[str, str]:
     }
 
 
-def start(options: list[str], out: Path, *more: str, devices: int = 1, log: Path | None = None) -> Any:
+def start(
+    options: list[str],
+    out: Path,
+    *more: str,
+    devices: int = 1,
+    log: Path | None = None,
+    cache: Path | None = None,
+) -> Any:
     """A training run on its way; its words go to `log`."""
     command = [sys.executable, "-m", "prime_jax.train", *options, "--out", str(out), *more]
     stream = (log or out.with_suffix(".log")).open("a")
-    return subprocess.Popen(command, env=environment(devices), stdout=stream, stderr=subprocess.STDOUT)
+    variables = environment(devices)
+    if cache is not None:
+        variables |= {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        variables |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return subprocess.Popen(command, env=variables, stdout=stream, stderr=subprocess.STDOUT)
 
 
 def start_together(count: int, options: list[str], out: Path, *more: str, devices: int = 1) -> list[Any]:
