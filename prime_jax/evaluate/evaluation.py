@@ -119,6 +119,7 @@ def evaluate_methods(
     corpus: Corpus,
     seed: int,
     groups: Shaped[ndarray, " Q"] | None = None,
+    memory: Float32[ndarray, "M E"] | None = None,
 ) -> Evaluation:
     """Measure the prediction and every baseline on `test`.
 
@@ -131,6 +132,8 @@ def evaluate_methods(
         corpus: The passages.
         seed: Seed of the bootstrap and the permutation test.
         groups: Which queries of `test` depend on each other (see `significance`).
+        memory: The passages as the prediction searches them, where that is not as they are encoded
+            (`Predictor.map_memory`); baselines search `corpus`.
 
     Raises:
         DataError: If shapes do not fit, or as `search`, `ranking_metrics` and `compare`.
@@ -150,7 +153,8 @@ def evaluate_methods(
                 vectors, test, corpus, seed, groups, settings, len(baseline.grid), dev_mrr
             )
             advance(1, baseline.name)
-    methods[PREDICTED] = ours = _measure(predicted, test, corpus, seed, groups, {})
+    searched = corpus if memory is None else corpus._replace(embeddings=memory)
+    methods[PREDICTED] = ours = _measure(predicted, test, searched, seed, groups, {})
     significance = {
         name: {
             metric: compare(ours.metrics[metric], theirs.metrics[metric], seed=seed, groups=groups)

@@ -71,14 +71,15 @@ def evaluate_run(
         first_pass_k=source.first_pass_k,
     )
     splits = split_arrays(dataset, embedded, encoder, source)
-    test = splits[split]
+    test, passages = splits[split], embedded.corpus()
     evaluation = evaluate_methods(
         split,
         test,
         predictor.predict(test.context, test.query, test.mask),
         train=splits["train"],
         dev=splits["dev"],
-        corpus=Corpus(embedded.corpus(), embedded.corpus_scope),
+        corpus=Corpus(passages, embedded.corpus_scope),
+        memory=None if predictor.target_head is None else predictor.map_memory(passages),
         seed=seed,
         groups=linked([(*example.context, example.query) for example in dataset.splits[split]]),
     )

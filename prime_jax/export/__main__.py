@@ -21,7 +21,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         from prime_jax.predict.predictor import load
 
         predictor = load(given.run, precision="float32")
-        parity = write_bundle(predictor.model, given.out, facts=facts_of(predictor, given.run))
+        parity = write_bundle(
+            predictor.model,
+            given.out,
+            facts=facts_of(predictor, given.run),
+            target_head=predictor.target_head,
+        )
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax export: {mistake}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Array
 
 from prime_jax._version import __version__
 from prime_jax.errors import CheckpointError, ExportError
@@ -14,14 +15,20 @@ from prime_jax.export.to_onnx import to_onnx
 from prime_jax.export.to_torch import load_state_dict, state_dict
 from prime_jax.files import atomic_folder, read_json, write_bytes, write_json, write_manifest, write_text
 from prime_jax.models.prime import EmbeddingPredictor
-from prime_jax.predict.predictor import Predictor
+from prime_jax.predict.predictor import TARGET_HEAD, Predictor
 
 KIND = "bundle"
 INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k")
 FACTS = (*INPUT_FACTS, "step", "epoch", "metrics", "data_hash", "versions")
 
 
-def write_bundle(model: EmbeddingPredictor, folder: Path, *, facts: Mapping[str, Any]) -> dict[str, Any]:
+def write_bundle(
+    model: EmbeddingPredictor,
+    folder: Path,
+    *,
+    facts: Mapping[str, Any],
+    target_head: Array | None = None,
+) -> dict[str, Any]:
     """Write a bundle, after the exported files gave JAX's numbers on golden inputs.
 
     The folder appears only when it is complete; the same model and facts give the same bytes.
@@ -32,6 +39,7 @@ def write_bundle(model: EmbeddingPredictor, folder: Path, *, facts: Mapping[str,
         facts: Where the model comes from, as far as known: `encoder` (identity), `query_prefix`,
             `passage_prefix`, `context_from`, `first_pass_k`, `step`, `epoch`, `metrics`, `data_hash`,
             `versions`, and `report` (the values of report.json).
+        target_head: Kernel that the memory is mapped by before it is searched (`Predictor.target_head`).
 
     Returns:
         What parity.json holds.
@@ -54,13 +62,20 @@ def write_bundle(model: EmbeddingPredictor, folder: Path, *, facts: Mapping[str,
         write_bytes(part / "torch_runtime.py", Path(__file__).with_name("torch_runtime.py").read_bytes())
         _write_safetensors(part / "model.safetensors", tensors)
         _write_safetensors(part / "golden.safetensors", golden)
+        if target_head is not None:
+            _write_safetensors(part / TARGET_HEAD, {"kernel": np.asarray(target_head)})
         to_onnx(model, part / "model.onnx")
         write_manifest(
             part, KIND, prime_jax=__version__, **known
         )  # torch_runtime opens complete bundles only
         parity = compare(golden, part)
         write_json(part / "parity.json", parity)
-        write_text(part / "MODEL_CARD.md", model_card(model.config, model.num_params(), facts, parity))
+        write_text(
+            part / "MODEL_CARD.md",
+            model_card(
+                model.config, model.num_params(), facts, parity, memory_mapped=target_head is not None
+            ),
+        )
         write_manifest(part, KIND, prime_jax=__version__, **known)
     return parity
 

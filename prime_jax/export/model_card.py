@@ -8,7 +8,12 @@ from prime_jax.models.prime import PredictorConfig
 
 
 def model_card(
-    config: PredictorConfig, parameters: int, facts: Mapping[str, Any], parity: dict[str, Any]
+    config: PredictorConfig,
+    parameters: int,
+    facts: Mapping[str, Any],
+    parity: dict[str, Any],
+    *,
+    memory_mapped: bool = False,
 ) -> str:
     """The card as Markdown.
 
@@ -17,6 +22,7 @@ def model_card(
         parameters: How many numbers were trained.
         facts: Where the model comes from (`write_bundle`).
         parity: What parity.json holds.
+        memory_mapped: Whether the memory must be mapped by target_head.safetensors before it is searched.
     """
     parts = [
         "# Embedding predictor",
@@ -27,6 +33,7 @@ def model_card(
         "## Inputs and output",
         _shapes(config),
         _encoder(facts),
+        _MEMORY if memory_mapped else "",
         "## Use",
         _usage(config),
         "## Training and evaluation",
@@ -40,6 +47,13 @@ def model_card(
         "were trained on and of the encoder that made the embeddings.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_MEMORY = (
+    "**The memory must be mapped first.** This model was trained against targets that a trained head mapped; "
+    "its predictions search passages that went through the same head: `y + y @ kernel`, scaled to unit norm, "
+    "for every passage embedding `y`, with `kernel` from target_head.safetensors. Without it they are wrong."
+)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

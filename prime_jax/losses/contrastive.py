@@ -60,7 +60,8 @@ def info_nce(
 
     if turns == 1:
         return of_rows((unit(predicted), batch))
-    parts: InfoNCE = jax.lax.map(jax.checkpoint(of_rows), in_turns((unit(predicted), batch), turns))
+    compared = batch._replace(context=None, context_mask=None, query=None, example=None)  # type: ignore[arg-type]
+    parts: InfoNCE = jax.lax.map(jax.checkpoint(of_rows), in_turns((unit(predicted), compared), turns))
     whole: InfoNCE = rejoined(parts)
     return whole
 

@@ -41,6 +41,9 @@ BATCH_SIZES = (1, 8, 32)
 Program = Callable[..., Any]
 
 
+TARGET_HEAD = "target_head.safetensors"  # of a bundle, where the memory must be mapped
+
+
 def load(
     path: str | Path, *, precision: Precision = "auto", batch_sizes: Sequence[int] = BATCH_SIZES
 ) -> "Predictor":
@@ -61,7 +64,8 @@ def load(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == "bundle":
-        model, config, facts = _load_bundle(folder)
+        config = None
+        model, facts, head = _load_bundle(folder)
     else:
         model, config, checkpoint, head = checkpoints.load_model(folder)
         facts = {"source": str(checkpoint.folder), **checkpoint.facts}
@@ -339,11 +343,13 @@ def _sample(config: PredictorConfig, batch: int) -> tuple[Vectors, Vectors, np.n
     return context, query, np.ones(context.shape[:2], bool)
 
 
-def _load_bundle(folder: Path) -> tuple[EmbeddingPredictor, None, dict[str, Any]]:
+def _load_bundle(folder: Path) -> tuple[EmbeddingPredictor, dict[str, Any], Array | None]:
     from safetensors.numpy import load_file
 
     manifest = verify_manifest(folder, "bundle")
     settings = read_json(folder / "config.json")
     config = ModelConfig(**settings["model"])
     model = load_state_dict(config, load_file(folder / "model.safetensors"))
-    return model, None, {"source": str(folder), **manifest}
+    file = folder / TARGET_HEAD
+    head = jnp.asarray(load_file(file)["kernel"]) if file.is_file() else None
+    return model, {"source": str(folder), **manifest}, head

@@ -9,6 +9,7 @@ With several processes all of them write arrays, each its own shards; the first 
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,7 +116,8 @@ class Checkpoints:
         finally:
             self._finisher.shutdown()
             if self._manager is not None:
-                self._manager.close()
+                with suppress(Exception):  # a failed write, which was told already
+                    self._manager.close()
 
     def save(
         self, state: TrainState, config: Config, facts: Mapping[str, Any], negatives: Table | None = None

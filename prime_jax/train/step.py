@@ -21,7 +21,7 @@ from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
 from prime_jax.train.sharding import replicated, state_shardings
 from prime_jax.train.state import MODEL, Graph, TrainState
-from prime_jax.turns import in_turns, rejoined
+from prime_jax.turns import one_turn, rejoined
 from prime_jax.types import Batch
 
 Metrics = dict[str, Array]
@@ -100,21 +100,22 @@ def make_train_step(
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient
 
-        parts = in_turns(inputs, turns)
-        keys = jax.vmap(lambda turn: jax.random.fold_in(key, turn))(jnp.arange(turns))
         params = state.params[MODEL]
-        predicted = jax.lax.map(lambda turn: predict(params, *turn), (parts, keys))
+
+        def predict_turn(params: Any, turn: Array) -> Array:
+            return predict(params, one_turn(inputs, turn, turns), jax.random.fold_in(key, turn))
+
+        predicted = jax.lax.map(lambda turn: predict_turn(params, turn), jnp.arange(turns))
         (_, metrics), (slope, own_gradient) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             rejoined(predicted), own
         )
 
-        def add(total: Any, turn: tuple[Inputs, Array, Array]) -> tuple[Any, None]:
-            part, part_key, part_slope = turn
-            _, pull_back = jax.vjp(lambda params: predict(params, part, part_key), params)
-            return jax.tree.map(jnp.add, total, pull_back(part_slope)[0]), None
+        def add(total: Any, turn: Array) -> tuple[Any, None]:
+            _, pull_back = jax.vjp(lambda params: predict_turn(params, turn), params)
+            return jax.tree.map(jnp.add, total, pull_back(one_turn(slope, turn, turns))[0]), None
 
         nothing = jax.tree.map(jnp.zeros_like, params)
-        gradient, _ = jax.lax.scan(add, nothing, (parts, keys, in_turns(slope, turns)))
+        gradient, _ = jax.lax.scan(add, nothing, jnp.arange(turns))
         return metrics, {MODEL: gradient, **own_gradient}
 
     def step(state: TrainState, batch: Batch, corpus: Corpus | None = None) -> tuple[TrainState, Metrics]:

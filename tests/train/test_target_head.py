@@ -1,0 +1,67 @@
+"""Targets that move: the head is validated, evaluated, exported and loaded with the model it belongs to."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import prime_jax
+from prime_jax.errors import ConfigError
+from prime_jax.evaluate.run import evaluate_run
+from prime_jax.export.__main__ import main as export
+from prime_jax.train import checkpoints
+from prime_jax.train.__main__ import main
+
+
+@pytest.mark.parametrize("target", ["slow", "ema"])
+def test_from_training_to_a_bundle(
+    target: str, settings: list[str], data_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    options = ["--train.target", target, "--train.y-encoder-lr-multiplier", "1.0", "--train.num-epochs", "4"]
+    options += ["--train.ema-start", "0.5", "--train.ema-end", "0.6", "--model.residual", "query"]
+    assert main([*settings, *options, "--out", str(run)]) == 0
+    predictor = prime_jax.load(run, precision="float32")
+    head = predictor.target_head
+    assert head is not None
+    assert np.abs(head).max() > 1e-3
+    newest = checkpoints.latest(run)
+    assert newest is not None
+
+    rng = np.random.default_rng(0)
+    memory = rng.normal(size=(5, 24)).astype(np.float32)
+    memory /= np.linalg.norm(memory, axis=1, keepdims=True)
+    mapped = predictor.map_memory(memory)
+    expected = memory + memory @ np.asarray(head)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(mapped, expected, atol=1e-6)
+
+    # The evaluation searches the mapped memory: its dev figure is that of training.
+    report = evaluate_run(run, data_folder, "dev", tmp_path / "report")
+    best = checkpoints.best(run)
+    assert report["methods"]["predicted"]["MRR@10"] == pytest.approx(best.score, abs=1e-3)
+
+    bundle = tmp_path / "bundle"
+    assert export(["--run", str(run), "--out", str(bundle)]) == 0
+    assert "The memory must be mapped first" in (bundle / "MODEL_CARD.md").read_text()
+    loaded = prime_jax.load(bundle, precision="float32")
+    np.testing.assert_array_equal(loaded.map_memory(memory), mapped)
+
+
+def test_frozen_targets_need_no_map(settings: list[str], tmp_path: Path) -> None:
+    assert main([*settings, "--out", str(tmp_path)]) == 0
+    predictor = prime_jax.load(tmp_path, precision="float32")
+    memory = jnp.ones((2, 24))
+    assert predictor.target_head is None
+    assert predictor.map_memory(np.asarray(memory)).tolist() == memory.tolist()
+
+
+@pytest.mark.parametrize("option", [("--train.target", "slow"), ("--train.projection-dim", "8")])
+def test_what_moves_cannot_be_compared_with_the_frozen_corpus(
+    option: tuple[str, str], settings: list[str]
+) -> None:
+    from prime_jax.config import read_config
+
+    with pytest.raises(ConfigError, match="use negatives 'batch'"):
+        read_config(None, [*settings, "--train.negatives", "corpus", *option])
