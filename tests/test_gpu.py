@@ -1,5 +1,9 @@
 """What must also hold on a GPU."""
 
+import json
+from pathlib import Path
+
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +12,8 @@ from flax import nnx
 
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.predict.predictor import Predictor
+from prime_jax.train import memory
+from prime_jax.train.__main__ import main
 
 pytestmark = pytest.mark.gpu
 
@@ -60,3 +66,22 @@ def test_predicting_on_the_gpu_in_every_precision(mode: str) -> None:
         session.append(context[:, turn])
         session.predict(query)
     np.testing.assert_allclose(session.predict(query), expected, atol=1e-4)
+
+
+def test_training_on_the_gpu_learns_in_bfloat16_and_tells_its_memory(tmp_path: Path) -> None:
+    """A real run with cached gradients and remat; the device says how much memory it has."""
+    fakes.write_conversations(tmp_path / "data")
+    options = [
+        *("--model.input-dim", f"{fakes.DIM}", "--model.output-dim", f"{fakes.DIM}"),
+        *("--model.hidden-dim", "128", "--model.num-heads", "4", "--data.encoder", "fakes:encoder"),
+        *("--data.path", str(tmp_path / "data"), "--train.num-epochs", "8", "--train.learning-rate", "0.003"),
+        *("--train.batch-size", "8", "--train.micro-batch-size", "4", "--train.warmup-steps", "2"),
+    ]
+    run = tmp_path / "run"
+    assert main([*options, "--out", str(run)]) == 0
+    rows = [json.loads(line) for line in (run / "history.jsonl").read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row]
+    assert losses[-1] < 0.7 * losses[0]
+    limit = memory.available(jax.devices("gpu")[0])
+    assert limit is not None
+    assert limit > 2**30

@@ -125,3 +125,15 @@ def test_negatives_without_ids_are_refused() -> None:
     batch = make_batch(AXES[:2], negatives=np.zeros((2, 1, 4), np.float32))
     with pytest.raises(ValueError, match="negative_ids"):
         info_nce(jnp.asarray(AXES[:2]), as_jax(batch))
+
+
+def test_all_right_answers_of_a_row_by_hand() -> None:
+    """Query on axis 0; right answers on axes 0 and 1, a negative on axis 2: losses log(1 + 1/e) and log 2."""
+    batch = as_jax(make_batch(AXES[[0, 2]]))._replace(
+        positives=jnp.asarray(np.stack([AXES[[0, 1]], AXES[[2, 2]]])),
+        positive_ids=jnp.array([[0, 7], [1, -1]]),
+    )
+    values = info_nce(jnp.asarray(AXES[[0, 2]]), batch, temperature=1.0)
+    both = (np.log(1 + np.exp(-1)) + np.log(2)) / 2
+    np.testing.assert_allclose(values.loss, [both, np.log(1 + np.exp(-1))], rtol=1e-5)
+    assert values.negatives.tolist() == [1, 1]

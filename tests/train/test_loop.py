@@ -14,11 +14,12 @@ import pytest
 
 from prime_jax.config import Config, read_config
 from prime_jax.errors import CheckpointError, ConfigError, PredictorError
-from prime_jax.train import checkpoints, loop, program
+from prime_jax.train import checkpoints, loop, program, validate
 from prime_jax.train import interrupt as interrupt_module
 from prime_jax.train.__main__ import main
 from prime_jax.train.checkpoints import load_model
-from prime_jax.train.setup import warn_of_unused
+from prime_jax.train.program import TrainingProgram
+from prime_jax.train.setup import embedded, say_how_many_negatives, warn_of_unused
 from prime_jax.train.state import pure_params
 
 
@@ -224,3 +225,58 @@ def test_training_can_start_from_the_weights_of_another_run(
     other = [*warm, "--model.hidden-dim", "256"]
     with pytest.raises(ConfigError, match="other shapes"):
         loop.train(read_config(None, other), tmp_path / "third")
+
+
+def test_every_source_of_negatives_and_all_right_answers(settings: list[str], tmp_path: Path) -> None:
+    """Mined anew every second epoch, and passages among the turns; a row then sees more than its batch."""
+    options = [
+        *(
+            "--train.mined-negatives",
+            "3",
+            "--train.mine-every-epochs",
+            "2",
+            "--train.context-negatives",
+            "true",
+        ),
+        *("--train.positives", "all", "--train.num-epochs", "6", "--monitor.log-every", "1"),
+    ]
+    assert main([*settings, *options, "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "history.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    assert all(7 < row["negatives"] <= 7 + 3 + 4 for row in training)
+    assert training[-1]["loss"] < 0.8 * training[0]["loss"]
+    newest = checkpoints.latest(tmp_path)
+    assert newest is not None
+    _, mined = checkpoints.restore(newest, TrainingProgram(*program_of(settings, options)).initial_state())
+    assert mined is not None
+    assert mined.shape[1] == 3
+    assert (mined >= 0).any(axis=1).all()
+
+
+def program_of(settings: list[str], options: list[str]) -> tuple[Config, Any, int]:
+    config = read_config(None, [*settings, *options])
+    return config, embedded(config)[0], 30
+
+
+def test_a_profile_of_a_few_steps(settings: list[str], tmp_path: Path) -> None:
+    assert main([*settings, "--profile", "--out", str(tmp_path)]) == 0
+    traces = [file for file in (tmp_path / "profile").rglob("*") if file.is_file()]
+    assert any(file.name.endswith(".xplane.pb") and file.stat().st_size > 1000 for file in traces)
+
+
+def test_accumulation_says_how_many_negatives_a_row_sees(
+    config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = config.train.model_copy(update={"accumulate_grad_batches": 4})
+    say_how_many_negatives(config.model_copy(update={"train": settings}))
+    said = capsys.readouterr().err
+    assert "from the other 7 of its batch, not from the 32 of an update" in said
+    assert "train.micro-batch-size 8" in said
+
+
+def test_collapsing_predictions_are_said_to_be(
+    config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "COLLAPSED", 1e9)
+    loop.train(config, tmp_path)
+    assert "predictions are collapsing: they spread in" in capsys.readouterr().err
