@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Int32
+from jaxtyping import Int32, Int64
 
 from prime_jax.config import TrainingConfig
 from prime_jax.data.embedded import EmbeddedDataset
@@ -40,12 +40,14 @@ def mined_now(
     return table
 
 
-def beside_the_given(settings: TrainingConfig, data: EmbeddedDataset, mined: Table | None) -> Table:
+def beside_the_given(
+    settings: TrainingConfig, data: EmbeddedDataset, mined: Table | None
+) -> Int64[np.ndarray, "n more"]:
     """All negatives that the examples do not name themselves: mined ones, and passages among their turns."""
     split = data.splits["train"]
     tables = [np.zeros((len(split), 0), np.int64)]
     if mined is not None:
-        tables.append(mined)
+        tables.append(mined.astype(np.int64))
     if settings.context_negatives:
         tables.append(context_negatives(data, split))
     return np.concatenate(tables, axis=1)

@@ -36,6 +36,7 @@ class FakeRun(NamedTuple):
     config: Config | None = Config(data=DataConfig(encoder="words", query_prefix="q: "))
     encoder: str = "words@1"
     data_hash: str = ""
+    target_head: None = None
 
     def info(self):
         return {"encoder": self.encoder, "data_hash": self.data_hash, "step": 3}
