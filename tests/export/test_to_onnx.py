@@ -46,7 +46,8 @@ def test_interface(exported: Any) -> None:
 def test_every_affine_map_is_one_matmul(exported: Any) -> None:
     """Three projections, four of the first layer (query, key and value in one, output, MLP), six of the last.
 
-    The last layer's queries are those of [PRED] alone, so they are computed apart. The two Einsums per layer are attention's own; GELU and LayerNorm are single nodes.
+    The last layer asks for [PRED] alone, so its queries are computed apart. The two Einsums per layer are
+    attention's own; GELU and LayerNorm are single nodes.
     """
     kinds = Counter(node.op_type for node in exported.graph.node)
     assert kinds["MatMul"] == 3 + 4 + 6
