@@ -112,7 +112,6 @@ class _Run:
         self.speed = Speed(config, mesh.size)
         self.history: History
         self.mined: mining.Table | None = None
-        self.scores: dict[str, float] = {}
 
     def restore(self) -> None:
         """Continue where the newest checkpoint ended: parameters, optimizer, data order, history."""
@@ -128,7 +127,6 @@ class _Run:
                     f"now it is {self.facts[fact]!r}; resuming would mix two runs"
                 )
         self.state, self.mined = checkpoints.restore(checkpoint, self.state)
-        self.scores = dict(checkpoint.facts["metrics"])
         self.history = History(self.out, until_step=checkpoint.step, writing=is_main())
         barrier("restored")
         if is_main():

@@ -6,7 +6,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32
 
-from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.data.embedded import EmbeddedDataset, gather
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.retrieval.topk import search
@@ -24,28 +24,28 @@ Vectors = Float32[np.ndarray, "n E"]
 
 
 class SplitPredictor:
-    """Predicts a whole split with given parameters, on all devices; compiled once."""
+    """Predicts a whole split with given parameters, on all devices, some rows at a time; compiled once."""
 
     def __init__(self, graph: Graph, data: EmbeddedDataset, split: str, mesh: Mesh):
         def forward(params: object, context: Array, query: Array, mask: Array) -> Array:
             predicted: Array = nnx.merge(graph, params)(context, query, mask)
             return predicted
 
-        self._mesh = mesh
-        self._arrays = data.splits[split].arrays(data.store)
+        self._mesh, self._store, self._split = mesh, data.store, data.splits[split]
         self._predict = jax.jit(forward, out_shardings=replicated(mesh))
 
     def __call__(self, state: TrainState) -> Vectors:
         """Unit-norm predictions of every example, in order, in every process."""
-        context, mask, query = self._arrays
-        devices = self._mesh.size
-        rows = -(-min(ROWS, len(query)) // devices) * devices
+        split, count, devices = self._split, len(self._split), self._mesh.size
+        rows = -(-min(ROWS, count) // devices) * devices
         parts = []
-        for start in range(0, len(query), rows):
-            chunk = np.arange(start, start + rows) % len(query)  # the last one wraps; the surplus is dropped
-            inputs = spread_out((context[chunk], query[chunk], mask[chunk]), by_rows(self._mesh))
+        for start in range(0, count, rows):
+            chunk = np.arange(start, start + rows) % count  # the last one wraps; the surplus is dropped
+            context, mask = gather(self._store, split.context_rows[chunk])
+            query = self._store[split.query_rows[chunk]]
+            inputs = spread_out((context, query, mask), by_rows(self._mesh))
             parts.append(np.asarray(self._predict(state.params[MODEL], *inputs)))
-        return np.concatenate(parts)[: len(query)]
+        return np.concatenate(parts)[:count]
 
 
 class Validator:
