@@ -11,6 +11,9 @@ from typing import Any
 import fakes
 import numpy as np
 
+from prime_jax.errors import CheckpointError
+from prime_jax.train import checkpoints
+
 TESTS = Path(__file__).parents[1]
 
 # A run of a few seconds.
@@ -90,3 +93,12 @@ def figures(run: Path, *names: str) -> dict[str, np.ndarray]:
     """Columns of the history, in order."""
     rows = history(run)
     return {name: np.array([row[name] for row in rows if name in row]) for name in names}
+
+
+def newest_step(run: Path) -> int:
+    """Step of the newest complete checkpoint of a run in progress, 0 when there is none."""
+    try:
+        newest = checkpoints.latest(run)
+    except CheckpointError:  # it was being dropped while we looked
+        return newest_step(run)
+    return newest.step if newest else 0

@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from commands import SETTINGS, exit_codes, figures, start, start_together
+from commands import SETTINGS, exit_codes, figures, newest_step, start, start_together
 
 from prime_jax.evaluate.run import evaluate_run
 from prime_jax.train import checkpoints
@@ -72,7 +72,7 @@ def test_a_stopped_run_of_two_processes_is_resumed_by_four_and_evaluated_by_one(
     """A signal to one process stops both; each step is saved, so that there is time to send it."""
     run, slow = tmp_path / "run", ("--train.save-every-steps", "1")
     processes = start_together(2, options, run, *slow)
-    while checkpoints.latest(run) is None and processes[0].poll() is None:
+    while newest_step(run) == 0 and processes[0].poll() is None:
         time.sleep(0.02)
     processes[1].send_signal(signal.SIGTERM)
     assert exit_codes(processes) == [130, 130]
