@@ -148,7 +148,7 @@ def plot(grown: dict[str, Any], file: Path) -> None:
         above, below = panels[0, column], panels[1, column]
         above.loglog(sizes, seconds, "o-", label="measured")
         above.loglog(
-            sizes, [seconds[0] * size / sizes[0] for size in sizes], ":", color="grey", label="linear"
+            sizes, [seconds[0] * size / sizes[0] for size in sizes], ":", color="grey", label="proportional"
         )
         above.set(ylabel="seconds per step", title=f"Growth with the {kind}")
         above.legend(frameon=False)
