@@ -99,9 +99,13 @@ def explain_exhausted(error: Exception, config: Config) -> ConfigError:
 
 
 def suggestions(config: Config) -> str:
-    """The settings that save memory and are not in use yet, the cheapest first."""
+    """The settings that save memory and are not in use yet, the cheapest first; each by itself is valid."""
     train, mesh = config.train, config.mesh
+    devices = jax.device_count() if mesh.data == -1 else mesh.data * mesh.fsdp
     rows = train.micro_batch_size or train.batch_size
+    fewer_rows = _even_share(train.batch_size, max(rows // 4, devices), devices)
+    half = train.batch_size // 2
+    half -= half % (train.micro_batch_size or devices)
     candidates = [
         (not train.mixed_precision, "--train.mixed-precision true"),
         (not train.gradient_checkpointing, "--train.gradient-checkpointing true"),
@@ -109,11 +113,22 @@ def suggestions(config: Config) -> str:
             train.gradient_checkpointing and train.remat_policy == "dots",
             "--train.remat-policy blocks",
         ),
-        (rows > 1, f"--train.micro-batch-size {max(1, rows // 4)} (the same result)"),
+        (0 < fewer_rows < rows, f"--train.micro-batch-size {fewer_rows} (the same result)"),
         (
-            mesh.fsdp == 1 and jax.device_count() > 1,
-            f"--mesh.fsdp {jax.device_count()} (shares weights and optimizer out)",
+            mesh.fsdp < devices,
+            f"--mesh.fsdp {devices}{'' if mesh.data == -1 else ' --mesh.data 1'} "
+            "(shares weights and optimizer out)",
         ),
-        (train.batch_size > 1, f"--train.batch-size {max(1, train.batch_size // 2)} (fewer negatives)"),
+        (
+            half > 0,
+            f"--train.batch-size {half}{' (fewer negatives)' if train.negatives == 'batch' else ''}",
+        ),
     ]
-    return "What helps, the cheapest first: " + "; ".join(words for useful, words in candidates if useful)
+    useful = [words for helps, words in candidates if helps] or ["a smaller model"]
+    return f"What helps, the cheapest first: {'; '.join(useful)}"
+
+
+def _even_share(batch: int, most: int, devices: int) -> int:
+    """The most rows, up to `most`, that divide the batch and are divided by the devices; 0 if there are none."""
+    rows = range(most - most % devices, 0, -devices)
+    return next((count for count in rows if batch % count == 0), 0)

@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from prime_jax.config import Config
 from prime_jax.errors import ConfigError
 from prime_jax.train.collective import is_main, say
@@ -44,20 +46,28 @@ class Tracker:
             act()
         except Exception as failed:  # whatever their libraries raise
             self._open.pop(name, None)
-            say(f"{name} failed and is left out from now on: {failed}")
+            say(escape(f"{name} failed and is left out from now on: {failed}"))
 
 
-def open_trackers(config: Config, run: Path) -> Tracker:
+def open_trackers(config: Config, run: Path, *, resumed_at: int = 0) -> Tracker:
     """The trackers that `config.monitor` names; none but in the first process.
 
+    Args:
+        config: What is run.
+        run: Run folder.
+        resumed_at: Step that the run goes on from; what TensorBoard has of later ones, which are made again,
+            is hidden there. Weights & Biases keeps the first report of a step.
+
     Raises:
-        ConfigError: If the package of one is not installed.
+        ConfigError: If the package of one is not installed, or Weights & Biases does not let the run begin.
     """
     tracker = Tracker()
     if not is_main():
         return tracker
     if config.monitor.tensorboard:
-        writer = _need("tensorboardX").SummaryWriter(logdir=str(run / "tensorboard"))
+        writer = _need("tensorboardX").SummaryWriter(
+            logdir=str(run / "tensorboard"), purge_step=resumed_at + 1 if resumed_at else None
+        )
 
         def write(step: int, figures: Mapping[str, float]) -> None:
             for name, value in figures.items():
@@ -66,7 +76,15 @@ def open_trackers(config: Config, run: Path) -> Tracker:
 
         tracker.add("tensorboard", write, writer.close)
     if config.monitor.wandb is not None:
-        started = _need("wandb").init(
+        started = _start_wandb(config, run)
+        tracker.add("wandb", lambda step, figures: started.log(dict(figures), step=step), started.finish)
+    return tracker
+
+
+def _start_wandb(config: Config, run: Path) -> Any:
+    wandb = _need("wandb")
+    try:
+        return wandb.init(
             project=config.monitor.wandb,
             name=run.name,
             id=hashlib.sha256(str(run.absolute()).encode()).hexdigest()[:16],  # a resumed run goes on there
@@ -74,8 +92,10 @@ def open_trackers(config: Config, run: Path) -> Tracker:
             dir=str(run),
             config=config.model_dump(),
         )
-        tracker.add("wandb", lambda step, figures: started.log(dict(figures), step=step), started.finish)
-    return tracker
+    except Exception as failed:  # no account, no network: its own kinds of errors
+        raise ConfigError(
+            f"wandb cannot begin ({failed}); set WANDB_MODE=offline, or leave monitor.wandb out"
+        ) from failed
 
 
 def _need(package: str) -> Any:

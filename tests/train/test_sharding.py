@@ -8,7 +8,13 @@ from prime_jax.config import MeshConfig
 from prime_jax.losses.objective import Objective
 from prime_jax.train.step import StepPlan
 
-MESHES = [MeshConfig(data=2), MeshConfig(data=8), MeshConfig(data=4, fsdp=2), MeshConfig(fsdp=8)]
+MESHES = [
+    MeshConfig(data=2),
+    MeshConfig(data=4),
+    MeshConfig(data=8),
+    MeshConfig(data=4, fsdp=2),
+    MeshConfig(fsdp=8),
+]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
