@@ -39,6 +39,16 @@ def test_slurm_starts_and_resumes(tmp_path: Path) -> None:
     assert submit(tmp_path, "c.yaml", str(run))[1][0].endswith("--resume")
 
 
+def test_slurm_tasks_get_their_cores(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "srun").write_text('#!/bin/bash\necho "$SRUN_CPUS_PER_TASK cores"\n')
+    (tmp_path / "bin" / "srun").chmod(0o755)
+    environment = {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "SLURM_CPUS_PER_TASK": "32"}
+    command = ["bash", str(TRAIN / "launch_slurm.sh"), "c.yaml", "run"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout == "32 cores\n"
+
+
 def test_slurm_queues_again_what_was_stopped_and_only_that(tmp_path: Path) -> None:
     assert submit(tmp_path, "c.yaml", "run", ends_with=130)[0] == 0
     assert submit(tmp_path, "c.yaml", "run", ends_with=130)[1][-1] == "scontrol requeue 4711"

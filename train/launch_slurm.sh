@@ -32,6 +32,9 @@ for manifest in "$run"/checkpoints/*/manifest.json; do
   if [[ -e $manifest ]]; then resume=(--resume); fi
 done
 
+# Since Slurm 22.05 srun does not take over --cpus-per-task; a task would feed all GPUs of its node from one core.
+if [[ -n ${SLURM_CPUS_PER_TASK:-} ]]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
+
 status=0
 srun --kill-on-bad-exit=0 python -m prime_jax.train --config "$config" --out "$run" "${resume[@]}" "$@" || status=$?
 

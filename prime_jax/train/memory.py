@@ -129,6 +129,6 @@ def suggestions(config: Config) -> str:
 
 
 def _even_share(batch: int, most: int, devices: int) -> int:
-    """The most rows, up to `most`, that divide the batch and are divided by the devices; 0 if there are none."""
+    """The most rows, up to `most`, that divide the batch and that the devices divide; 0 if there are none."""
     rows = range(most - most % devices, 0, -devices)
     return next((count for count in rows if batch % count == 0), 0)

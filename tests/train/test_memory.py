@@ -1,12 +1,16 @@
 """What a step needs, told beforehand; what does not fit is refused with what would help."""
 
+import os
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from steps import MODEL, batch
 
-from prime_jax.config import Config, MeshConfig, TrainingConfig
+from prime_jax.config import Config, MeshConfig, TrainingConfig, read_config
 from prime_jax.errors import ConfigError
 from prime_jax.losses.objective import Objective
 from prime_jax.train import memory, program
@@ -41,6 +45,28 @@ def test_state_and_data_are_counted_by_hand() -> None:
     assert needs.working > 0
 
 
+@pytest.mark.parametrize("donated", [True, False])
+def test_what_is_donated_is_not_counted_twice(donated: bool) -> None:
+    """4 MB of state, 4 kB of data, and 8 kB of results; the new state needs 4 MB more only where it is not
+    written over the old one."""
+    state, data = jnp.zeros(10**6), jnp.zeros(1000)
+
+    def step(state: jax.Array, data: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return state + 1.0, jnp.concatenate([data, 2.0 * data])
+
+    program = jax.jit(step, donate_argnums=0 if donated else ())
+    needs = memory.needs_of(program.lower(state, data).compile(), state)
+    assert (needs.state, needs.data) == (4 * 10**6, 4000)
+    assert 8000 <= needs.working - (0 if donated else 4 * 10**6) < 20_000
+
+
+def test_a_cpu_device_has_its_share_of_what_is_free() -> None:
+    share = memory.available(jax.devices("cpu")[0])
+    assert share is not None
+    whole = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 0 < share * jax.local_device_count() < whole
+
+
 def test_one_line_in_plain_words() -> None:
     needs = Needs(state=3_300_000_000, data=100_000_000, working=1_900_000_000)
     assert memory.describe(needs, 141_000_000_000) == (
@@ -61,8 +87,46 @@ def test_what_cannot_fit_is_refused_with_what_helps() -> None:
     memory.check(needs, None, wasteful)
     memory.check(Needs(1, 1, 1), 10**9, wasteful)
     assert "mixed" not in memory.suggestions(FRUGAL)
-    assert "--train.micro-batch-size 2" in memory.suggestions(FRUGAL)
-    assert "--mesh.fsdp" not in memory.suggestions(FRUGAL)
+    assert memory.suggestions(FRUGAL).endswith("first: --train.batch-size 32 (fewer negatives)")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "micro", "mesh"),
+    [
+        (8, 0, {}),
+        (24, 0, {}),  # no quarter of it can be shared by eight devices
+        (64, 0, {}),
+        (56, 8, {"fsdp": 2}),
+        (64, 32, {"data": 8}),
+        (24, 24, {"data": 2, "fsdp": 2}),
+        (14, 0, {"data": 1}),  # no quarter of it divides it
+        (12, 4, {"data": 1}),
+    ],
+)
+def test_what_is_suggested_is_a_valid_setting(batch_size: int, micro: int, mesh: dict[str, int]) -> None:
+    """Each by itself, beside what was given, on eight devices."""
+    config = Config(
+        train=TrainingConfig(batch_size=batch_size, micro_batch_size=micro, mixed_precision=False),
+        mesh=MeshConfig(**mesh),
+    )
+    make_mesh(config.mesh, batch_size, micro)
+    given = [f"--train.batch-size={batch_size}", f"--train.micro-batch-size={micro}"]
+    given += ["--train.mixed-precision=false", *(f"--mesh.{name}={value}" for name, value in mesh.items())]
+    for suggestion in memory.suggestions(config).split(": ")[1].split("; "):
+        words = " ".join(re.findall(r"--[\w.-]+ \w+", suggestion)).split()
+        changed = read_config(None, given + words)
+        make_mesh(changed.mesh, changed.train.batch_size, changed.train.micro_batch_size)
+        assert changed != config
+
+
+def test_where_no_setting_is_left_the_model_is_too_large() -> None:
+    config = Config(train=TrainingConfig(batch_size=1), mesh=MeshConfig(data=1))
+    assert memory.suggestions(config) == "What helps, the cheapest first: a smaller model"
+
+
+def test_fewer_rows_are_no_fewer_negatives_where_the_whole_corpus_is() -> None:
+    config = Config(train=TrainingConfig(batch_size=64, negatives="corpus"))
+    assert memory.suggestions(config).endswith("--train.batch-size 32")
 
 
 def test_a_device_that_runs_out_after_all() -> None:

@@ -21,8 +21,8 @@ def test_nothing_is_opened_that_nobody_asked_for(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def events(folder: Path) -> list[tuple[int, str, float]]:
-    """(step, name, value) of every figure in TensorBoard's files: length, checksum, event, checksum, ..."""
+def read(folder: Path) -> list[Any]:
+    """All events of TensorBoard's files, oldest first: length, checksum, event, checksum, and so on."""
     from tensorboardX.proto.event_pb2 import Event
 
     found = []
@@ -30,16 +30,34 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
         data, at = file.read_bytes(), 0
         while at < len(data):
             (length,) = struct.unpack_from("<Q", data, at)
-            event = Event.FromString(data[at + 12 : at + 12 + length])
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            found.append(Event.FromString(data[at + 12 : at + 12 + length]))
             at += length + 16
     return found
+
+
+def test_a_resumed_run_hides_what_it_makes_again(tmp_path: Path) -> None:
+    """TensorBoard forgets steps from the one of a `START` on; a killed run had logged past its checkpoint."""
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    config = Config(monitor=MonitorConfig(tensorboard=True))
+    for resumed_at in (0, 2):
+        with open_trackers(config, tmp_path, resumed_at=resumed_at) as tracker:
+            for step in range(resumed_at + 1, resumed_at + 4):
+                tracker.log(step, {"loss": float(step)})
+    starts = [
+        event.step for event in read(tmp_path / "tensorboard") if event.session_log.status == SessionLog.START
+    ]
+    assert starts == [3]
 
 
 def test_a_real_run_writes_tensorboard_events(config: Config, tmp_path: Path) -> None:
     loop.train(config.model_copy(update={"monitor": MonitorConfig(tensorboard=True)}), tmp_path)
     written = [row for row in history(tmp_path) if "loss" in row]
-    shown = {(step, name): value for step, name, value in events(tmp_path / "tensorboard")}
+    shown = {
+        (event.step, value.tag): value.simple_value
+        for event in read(tmp_path / "tensorboard")
+        for value in event.summary.value
+    }
     for row in written:
         for name in ("loss", "chance", "gradient_norm", "negatives", "samples_per_second"):
             assert shown[row["step"], name] == pytest.approx(row[name], rel=1e-6)
@@ -61,7 +79,7 @@ def test_wandb_goes_on_in_the_same_run_and_a_failure_is_left_behind(
 
     def log(figures: dict[str, float], step: int) -> None:
         if step == 3:
-            raise OSError("the network is gone")
+            raise OSError("the network [/api] is gone")  # rich would take the brackets for its own
         sent.append((step, figures))
 
     def init(**options: Any) -> SimpleNamespace:
@@ -75,7 +93,31 @@ def test_wandb_goes_on_in_the_same_run_and_a_failure_is_left_behind(
             for step in steps:
                 tracker.log(step, {"loss": float(step)})
     assert sent == [(1, {"loss": 1.0}), (2, {"loss": 2.0})]
-    assert capsys.readouterr().err.count("wandb failed and is left out from now on") == 1
+    warning = "wandb failed and is left out from now on: the network [/api] is gone\n"
+    assert capsys.readouterr().err.count(warning) == 1
     assert begun[0]["id"] == begun[1]["id"]
     assert begun[0]["resume"] == "allow"
     assert begun[0]["config"]["monitor"]["wandb"] == "mine"
+
+
+def test_an_account_that_is_missing_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**_: Any) -> None:
+        raise RuntimeError("No API key configured.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(ConfigError, match=r"wandb cannot begin \(No API key configured.\); set WANDB_MODE"):
+        open_trackers(Config(monitor=MonitorConfig(wandb="mine")), tmp_path)
+
+
+def test_the_real_wandb_keeps_a_run_without_a_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with open_trackers(Config(monitor=MonitorConfig(wandb="mine")), tmp_path) as tracker:
+        tracker.log(1, {"a_loss_to_find": 2.0})
+    wandb.teardown()  # its own process writes, and may be a moment behind
+    (kept,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert b"a_loss_to_find" in kept.read_bytes()
