@@ -20,6 +20,8 @@ _COMMANDS = {
     "evaluate": ("prime_jax.evaluate.__main__", "compare searching with the prediction against baselines"),
     "serve": ("prime_jax.serve.__main__", "answer predictions over HTTP"),
     "export": ("prime_jax.export.__main__", "write a bundle for ONNX Runtime and PyTorch"),
+    "inspect": ("prime_jax.export.inspection", "show what is inside a run, a checkpoint or a bundle"),
+    "verify": ("prime_jax.export.verification", "check every file, the signature and the golden answers"),
 }
 _DATA_COMMANDS = ("pydocs", "encode")  # also reached as `prime-jax data encode`
 

@@ -9,15 +9,12 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import CheckpointError, PredictorError
-
-MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
 
 
 def _flush(path: Path) -> None:
@@ -56,9 +53,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(value: Any) -> str:
+    """`value` as indented JSON with a final newline; NaN and Inf are refused."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with a final newline, atomically; NaN and Inf are refused."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `value` as `json_text`, atomically."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path, error: type[PredictorError] = CheckpointError) -> Any:
@@ -100,72 +102,3 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _files_under(folder: Path) -> list[Path]:
-    return sorted(
-        file
-        for file in folder.rglob("*")
-        if file.is_file()
-        and file.relative_to(folder) != Path(MANIFEST)
-        and file.parent.name != "__pycache__"  # Python's own, beside a module that was imported from here
-    )
-
-
-def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
-    """Record size and SHA-256 of every file in `folder` in its manifest.json, and its own (SEC-PRED-001)."""
-    files = {
-        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256(file)}
-        for file in _files_under(folder)
-    }
-    manifest = {"kind": kind, "format_version": FORMAT_VERSION, **facts, "files": files}
-    write_json(folder / MANIFEST, {**manifest, "sha256": manifest_digest(manifest)})
-
-
-def manifest_digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest says, whatever its layout."""
-    rest = {name: fact for name, fact in manifest.items() if name != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def verify_manifest(
-    folder: Path, kind: str, needed: Callable[[str], bool] = lambda name: True
-) -> dict[str, Any]:
-    """Check every file of `folder` that `needed` selects against manifest.json and return the manifest.
-
-    Raises:
-        CheckpointError: If the manifest is missing or of another kind or version, a listed file is missing,
-            a file is not listed, or any byte differs. The message names the file.
-    """
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise CheckpointError(f"{folder / MANIFEST}: not a manifest of this library")
-    if manifest.get("kind") != kind:
-        raise CheckpointError(f"{folder / MANIFEST}: describes a {manifest.get('kind')!r}, not a {kind!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder / MANIFEST}: format version {manifest.get('format_version')!r}, "
-            f"this library reads version {FORMAT_VERSION}"
-        )
-    if manifest.get("sha256") != manifest_digest(manifest):
-        raise CheckpointError(f"{folder / MANIFEST}: damaged or changed, it differs from its own SHA-256")
-    listed: dict[str, Any] = manifest["files"]
-    for name in listed:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"{folder / MANIFEST}: the path {name!r} leaves the folder")
-    for file in _files_under(folder):
-        if file.relative_to(folder).as_posix() not in listed:
-            raise CheckpointError(
-                f"{file}: not listed in {MANIFEST}; the folder was changed after it was written"
-            )
-    for name, facts in listed.items():
-        if not needed(name):
-            continue
-        file = folder / name
-        if not file.is_file():
-            raise CheckpointError(f"{file}: listed in {MANIFEST} but missing")
-        if file.stat().st_size != facts["bytes"]:
-            raise CheckpointError(f"{file}: {file.stat().st_size} bytes, {MANIFEST} says {facts['bytes']}")
-        if sha256(file) != facts["sha256"]:
-            raise CheckpointError(f"{file}: damaged or changed, its SHA-256 differs from {MANIFEST}")
-    return manifest

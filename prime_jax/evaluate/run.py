@@ -5,9 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from jaxtyping import Int64
 
 from prime_jax.config import DataConfig
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
@@ -19,7 +21,7 @@ from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.report import Texts, write_report
 from prime_jax.evaluate.significance import linked
-from prime_jax.predict.predictor import load
+from prime_jax.predict.predictor import Predictor, load
 
 _PACKAGES = ("prime-jax", "jax", "flax", "numpy", "scipy", "ir-measures")
 _TUNING = ("train", "dev")
@@ -44,32 +46,8 @@ def evaluate_run(
         DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
     """
     predictor = load(run, precision="float32")  # the same figures on every machine
-    if predictor.config is None:
-        raise ConfigError(f"{run}: does not say which encoder it was trained with; evaluate a run folder")
-    source, info = predictor.config.data, predictor.info()
-    encoder = load_encoder(source.encoder)
-    if info.get("encoder") != encoder.identity:
-        raise DataError(
-            f"{run}: was trained on embeddings of {info.get('encoder')}, but data.encoder {source.encoder!r} "
-            f"is {encoder.identity}; vectors of different encoders cannot be compared"
-        )
-    dataset, embeddings = prepare(
-        data,
-        tuple(dict.fromkeys((*_TUNING, split))),
-        encoder,
-        store_folder=store or (Path(source.store) if source.store else None),
-        query_prefix=source.query_prefix,
-        passage_prefix=source.passage_prefix,
-    )
-    embedded = embed_dataset(
-        dataset,
-        embeddings,
-        max_context_length=predictor.config.model.max_context_length,
-        query_prefix=source.query_prefix,
-        passage_prefix=source.passage_prefix,
-        context_from=source.context_from,
-        first_pass_k=source.first_pass_k,
-    )
+    opened = open_data(predictor, run, data, tuple(dict.fromkeys((*_TUNING, split))), store=store)
+    dataset, embedded, encoder, source = opened
     splits = split_arrays(dataset, embedded, encoder, source)
     test, passages = splits[split], embedded.corpus()
     evaluation = evaluate_methods(
@@ -81,10 +59,63 @@ def evaluate_run(
         corpus=Corpus(passages, embedded.corpus_scope),
         memory=None if predictor.target_head is None else predictor.map_memory(passages),
         seed=seed,
-        groups=linked([(*example.context, example.query) for example in dataset.splits[split]]),
+        groups=conversations(dataset.splits[split]),
     )
-    facts = _facts(info, dataset, embedded, encoder)
+    facts = _facts(predictor.info(), dataset, embedded, encoder)
     return write_report(out, evaluation, _texts(dataset, split), facts)
+
+
+class OpenedData(NamedTuple):
+    """Data that a predictor can be measured on: its texts, their embeddings, and where these come from."""
+
+    dataset: Dataset
+    embedded: EmbeddedDataset
+    encoder: Encoder
+    source: DataConfig
+
+
+def open_data(
+    predictor: Predictor, run: Path, data: Path, splits: Sequence[str], *, store: Path | None = None
+) -> OpenedData:
+    """Embed splits of a data folder as the run's own data was; only what its store lacks is encoded.
+
+    Args:
+        predictor: As `load(run)` gave it.
+        run: For messages.
+        data: Data folder in the JSONL contract.
+        splits: Which splits to open.
+        store: Embedding store; None means the run's, or `embeddings/` in the data folder.
+
+    Raises:
+        ConfigError: If the predictor carries no configuration to encode texts by.
+        DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
+    """
+    if predictor.config is None:
+        raise ConfigError(f"{run}: does not say which encoder it was trained with; evaluate a run folder")
+    source, info = predictor.config.data, predictor.info()
+    encoder = load_encoder(source.encoder)
+    if info.get("encoder") != encoder.identity:
+        raise DataError(
+            f"{run}: was trained on embeddings of {info.get('encoder')}, but data.encoder {source.encoder!r} "
+            f"is {encoder.identity}; vectors of different encoders cannot be compared"
+        )
+    prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
+    folder = store or (Path(source.store) if source.store else None)
+    dataset, embeddings = prepare(data, splits, encoder, store_folder=folder, **prefixes)
+    embedded = embed_dataset(
+        dataset,
+        embeddings,
+        max_context_length=predictor.config.model.max_context_length,
+        context_from=source.context_from,
+        first_pass_k=source.first_pass_k,
+        **prefixes,
+    )
+    return OpenedData(dataset, embedded, encoder, source)
+
+
+def conversations(examples: Sequence[Example]) -> Int64[np.ndarray, " Q"]:
+    """One label per example; those that share a text belong to one conversation and are not independent."""
+    return linked([(*example.context, example.query) for example in examples])
 
 
 def split_arrays(

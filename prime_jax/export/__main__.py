@@ -1,42 +1,131 @@
 """`python -m prime_jax.export`: write a bundle for ONNX Runtime, PyTorch and JAX."""
 
+import os
 import sys
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from prime_jax.errors import PredictorError
+from prime_jax.errors import ExportError, PredictorError
+
+PASSWORD = "PRIME_SIGN_PASSWORD"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 for a user's mistake."""
-    parser = ArgumentParser("python -m prime_jax.export", description=__doc__, allow_abbrev=False)
-    parser.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run folder, or one checkpoint"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="bundle folder to write")
-    given = parser.parse_args(argv)
+    given = _parser().parse_args(argv)
     try:
-        from prime_jax.export.bundle import facts_of, write_bundle
-        from prime_jax.predict.predictor import load
+        parity = _export(given)
+    except (PredictorError, OSError) as mistake:
+        print(f"prime-jax export: {mistake}", file=sys.stderr)
+        return 2
+    _print(given, parity)
+    return 0
 
-        predictor = load(given.run, precision="float32")
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser("python -m prime_jax.export", description=__doc__, allow_abbrev=False)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", help="run folder, one checkpoint, or a bundle")
+    source.add_argument("--torch", type=Path, metavar="FILE", help="weights trained in PyTorch instead")
+    parser.add_argument("--like", type=Path, metavar="DIR", help="with --torch: bundle to take config from")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="bundle folder to write")
+    parser.add_argument("--precision", default="fp32", metavar="LIST", help="of fp32,fp16,int8")
+    parser.add_argument("--opset", type=int, default=20, help="ONNX operators, 17 to 23 (default: 20)")
+    parser.add_argument("--state-dict", action="store_true", help="add model.pt beside model.safetensors")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data to measure on (default: the run's)")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument("--max-loss", type=float, default=0.01, help="of R@10 in fp16, int8 (default: 0.01)")
+    parser.add_argument("--allow-loss", action="store_true", help="write them even if they lose more")
+    parser.add_argument("--model-version", help="semantic version (default: the bundle's, or 1.0.0)")
+    parser.add_argument("--licence", metavar="TEXT", help="terms of the weights, for the model card")
+    parser.add_argument("--sign", type=Path, metavar="KEY", help=f"private key; password in ${PASSWORD}")
+    parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a Triton model repository")
+    return parser
+
+
+def _export(given: Namespace) -> dict[str, Any]:
+    from prime_jax.export.bundle import Options, facts_of, write_bundle
+    from prime_jax.export.evidence import gather_evidence
+    from prime_jax.export.quantize import parse_precisions
+    from prime_jax.export.triton import write_repository
+    from prime_jax.manifest import FIRST_VERSION
+    from prime_jax.predict.predictor import load
+
+    predictor = None if given.run is None else load(given.run, precision="float32")
+    known = {} if predictor is None else predictor.info()
+    options = Options(
+        precisions=parse_precisions(given.precision),
+        opset=given.opset,
+        model_version=given.model_version or known.get("model_version", FIRST_VERSION),
+        licence=given.licence,
+        state_dict=given.state_dict,
+        max_loss=given.max_loss,
+        allow_loss=given.allow_loss,
+        private_key=given.sign,
+        password=os.environ.get(PASSWORD),
+    )
+    if predictor is None:
+        parity = _from_torch(given, options)
+    else:
+        if given.like is not None:
+            raise ExportError("--like goes with --torch; a run knows its own config")
+        data = given.data or _data_of(predictor.config)
         parity = write_bundle(
             predictor.model,
             given.out,
             facts=facts_of(predictor, given.run),
             target_head=predictor.target_head,
+            options=options,
+            evidence=gather_evidence(predictor, given.run, data, store=given.store) if data else None,
         )
-    except (PredictorError, OSError) as mistake:
-        print(f"prime-jax export: {mistake}", file=sys.stderr)
-        return 2
+    if given.triton is not None:
+        write_repository(given.out, given.triton)
+    return parity
+
+
+def _data_of(config: Any) -> Path | None:
+    """The data folder a run was trained on, where it is still there."""
+    folder = None if config is None or config.data.path is None else Path(config.data.path)
+    return folder if folder is not None and (folder / "train.jsonl").is_file() else None
+
+
+def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
+    """A bundle of weights trained in PyTorch; what inputs mean comes from the bundle they started from."""
+    from prime_jax.export.bundle import INPUT_FACTS, write_bundle
+    from prime_jax.export.from_torch import from_torch
+    from prime_jax.files import read_json
+    from prime_jax.models.bundle import load_bundle
+
+    config, facts, head = None, {}, None
+    if given.like is not None:
+        head = load_bundle(given.like).target_head
+        config = given.like / "config.json"
+        facts = {name: fact for name, fact in read_json(config).items() if name in INPUT_FACTS}
+    model = from_torch(given.torch, config)
+    return write_bundle(model, given.out, facts=facts, target_head=head, options=options)
+
+
+def _print(given: Namespace, parity: dict[str, Any]) -> None:
     for file in sorted(given.out.iterdir()):
         print(f"{file.name:<20}{file.stat().st_size:>14,} bytes")
     for name in ("onnxruntime", "torch"):
         found = parity[name]
         figures = f"differs from JAX by {found['max_abs_difference']:.1e} at most" if found["checked"] else ""
         print(f"{name:<20}{figures or 'not checked: ' + found['why']}")
-    return 0
+    for name, found in parity.get("precisions", {}).items():
+        low, high = found["loss_interval"]
+        print(
+            f"{name:<20}cosine {found['cosine_mean']:.5f}, loses {found['loss']:.4f} of R@10 "
+            f"(95% interval {low:.4f} to {high:.4f})"
+        )
+    leak = parity.get("leak_check", {"measured": False})
+    if leak["measured"]:
+        attack = leak["attacks"].get("calibrated", leak["attacks"]["prediction"])
+        print(f"{'leak check':<20}AUC {attack['auc']:.3f} (0.5 is blind guessing); see MODEL_CARD.md")
+    if given.triton is not None:
+        print(f"{'triton':<20}{given.triton}")
 
 
 if __name__ == "__main__":

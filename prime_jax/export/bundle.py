@@ -1,6 +1,7 @@
 """A bundle: everything a consumer needs who never installs JAX, in one folder that proves itself."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,17 +10,56 @@ from jaxtyping import Array
 
 from prime_jax._version import __version__
 from prime_jax.errors import CheckpointError, ExportError
-from prime_jax.export.golden import compare, golden_inputs, jax_answers
+from prime_jax.export.evidence import MAX_LOSS, METRIC, Evidence
+from prime_jax.export.golden import (
+    Arrays,
+    compare,
+    golden_inputs,
+    jax_answers,
+    min_cosine,
+    onnxruntime_answers,
+)
 from prime_jax.export.model_card import model_card
-from prime_jax.export.to_onnx import to_onnx
+from prime_jax.export.optional import need
+from prime_jax.export.quantize import Precision, file_of, quantize
+from prime_jax.export.signing import sign
+from prime_jax.export.to_onnx import OPSET, to_onnx
 from prime_jax.export.to_torch import load_state_dict, state_dict
-from prime_jax.files import atomic_folder, read_json, write_bytes, write_json, write_manifest, write_text
+from prime_jax.files import atomic_folder, read_json, sha256, write_bytes, write_json, write_text
+from prime_jax.manifest import FIRST_VERSION, MANIFEST, check_version, write_manifest
+from prime_jax.models.bundle import KIND, TARGET_HEAD
 from prime_jax.models.prime import EmbeddingPredictor
-from prime_jax.predict.predictor import TARGET_HEAD, Predictor
+from prime_jax.predict.predictor import Predictor
 
-KIND = "bundle"
 INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k")
 FACTS = (*INPUT_FACTS, "step", "epoch", "metrics", "data_hash", "versions")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a bundle holds besides its necessary files.
+
+    Attributes:
+        precisions: Of the ONNX files; fp32 is always there. The others need evidence.
+        opset: Version of ONNX's operators, 17 to 23.
+        model_version: Semantic version of the model, for the manifest.
+        licence: Terms of the weights, for the card.
+        state_dict: Whether to add model.pt, the weights as `torch.save` writes them.
+        max_loss: By how much R@10 on the validation split may be lower in a lower precision.
+        allow_loss: Write a precision that loses more all the same; the card says so.
+        private_key: PEM file to sign with, or None.
+        password: Of that key, where it is encrypted.
+    """
+
+    precisions: tuple[Precision, ...] = ("fp32",)
+    opset: int = OPSET
+    model_version: str = FIRST_VERSION
+    licence: str | None = None
+    state_dict: bool = False
+    max_loss: float = MAX_LOSS
+    allow_loss: bool = False
+    private_key: Path | None = None
+    password: str | None = None
 
 
 def write_bundle(
@@ -28,10 +68,13 @@ def write_bundle(
     *,
     facts: Mapping[str, Any],
     target_head: Array | None = None,
+    options: Options | None = None,
+    evidence: Evidence | None = None,
 ) -> dict[str, Any]:
     """Write a bundle, after the exported files gave JAX's numbers on golden inputs.
 
-    The folder appears only when it is complete; the same model and facts give the same bytes.
+    The folder appears only when it is complete; the same model, facts and evidence give the same bytes (but
+    for a signature, which holds random numbers).
 
     Args:
         model: The model; its weights are exported in float32.
@@ -40,15 +83,26 @@ def write_bundle(
             `passage_prefix`, `context_from`, `first_pass_k`, `step`, `epoch`, `metrics`, `data_hash`,
             `versions`, and `report` (the values of report.json).
         target_head: Kernel that the memory is mapped by before it is searched (`Predictor.target_head`).
+        options: What else it holds.
+        evidence: Validation data to judge lower precisions on, and the result of the leak check.
 
     Returns:
         What parity.json holds.
 
     Raises:
-        ExportError: If a weight is NaN or Inf, a package is missing, `folder` holds something else, or a
-            runtime differs from JAX by more than 1e-5. Nothing is written then.
+        ExportError: If a weight is NaN or Inf, a package is missing, `folder` holds something else, a runtime
+            differs from JAX by more than 1e-5, or a lower precision has no evidence or loses more than
+            allowed. Nothing is written then.
+        PredictorError: If the model version is not a semantic version.
     """
+    options = options or Options()
+    check_version(options.model_version)
     _check_free(folder)
+    if len(options.precisions) > 1 and evidence is None:
+        raise ExportError(
+            f"{options.precisions[-1]} is only written with what it loses on validation data; "
+            "name the data folder with --data"
+        )
     tensors = state_dict(model)
     try:
         model = load_state_dict(model.config, tensors)  # refuses NaN; computes in float32 whatever it was
@@ -62,22 +116,62 @@ def write_bundle(
         write_bytes(part / "torch_runtime.py", Path(__file__).with_name("torch_runtime.py").read_bytes())
         _write_safetensors(part / "model.safetensors", tensors)
         _write_safetensors(part / "golden.safetensors", golden)
+        if options.state_dict:
+            _write_state_dict(part / "model.pt", tensors)
         if target_head is not None:
             _write_safetensors(part / TARGET_HEAD, {"kernel": np.asarray(target_head)})
-        to_onnx(model, part / "model.onnx")
-        write_manifest(
-            part, KIND, prime_jax=__version__, **known
-        )  # torch_runtime opens complete bundles only
+        proof = {"model_version": options.model_version, "weights_sha256": sha256(part / "model.safetensors")}
+        proof |= {name: known[name] for name in ("data_hash", "encoder") if name in known}
+        to_onnx(model, part / "model.onnx", opset=options.opset, facts=proof)
+        told = {
+            "prime_jax": __version__,
+            "model_version": options.model_version,
+            "onnx": {name: file_of(name) for name in options.precisions},
+            **known,
+        }
+        write_manifest(part, KIND, **told)  # torch_runtime opens complete bundles only
         parity = compare(golden, part)
+        lower = {name: _lower(part, golden, name, options, evidence) for name in options.precisions[1:]}
+        if lower:
+            parity["precisions"] = lower
+        if evidence is not None:
+            parity["leak_check"] = evidence.leak
         write_json(part / "parity.json", parity)
         write_text(
             part / "MODEL_CARD.md",
             model_card(
-                model.config, model.num_params(), facts, parity, memory_mapped=target_head is not None
+                model.config,
+                model.num_params(),
+                facts,
+                parity,
+                options.model_version,
+                options.licence,
+                memory_mapped=target_head is not None,
             ),
         )
-        write_manifest(part, KIND, prime_jax=__version__, **known)
+        write_manifest(part, KIND, **told)
+        if options.private_key is not None:
+            sign(part, options.private_key, options.password)
     return parity
+
+
+def _lower(
+    bundle: Path, golden: Arrays, precision: Precision, options: Options, evidence: Evidence | None
+) -> dict[str, Any]:
+    """Write one lower precision and say what it loses; more than is allowed is refused."""
+    assert evidence is not None
+    path = bundle / file_of(precision)
+    quantize(bundle / "model.onnx", path, precision)
+    answers = onnxruntime_answers(golden, bundle, path.name)
+    found = evidence.judge(bundle / "model.onnx", path)
+    if found["loss"] > options.max_loss and not options.allow_loss:
+        low, high = found["loss_interval"]
+        raise ExportError(
+            f"{precision} loses {found['loss']:.4f} of {METRIC} on the {found['split']} split (95% interval "
+            f"{low:.4f} to {high:.4f}), allowed is {options.max_loss:g}; leave {precision} out, or accept "
+            "it with --allow-loss"
+        )
+    return {"golden_min_cosine": min_cosine(answers, golden["embedding"]), **found}
 
 
 def facts_of(predictor: Predictor, source: Path) -> dict[str, Any]:
@@ -114,7 +208,7 @@ def _check_free(folder: Path) -> None:
     if not folder.is_dir():
         raise ExportError(f"{folder}: is a file; name a folder for the bundle")
     if any(folder.iterdir()):
-        manifest = folder / "manifest.json"
+        manifest = folder / MANIFEST
         if not manifest.is_file() or read_json(manifest, ExportError).get("kind") != KIND:
             raise ExportError(f"{folder}: holds something that is not a bundle; name another folder")
 
@@ -140,3 +234,9 @@ def _write_safetensors(path: Path, tensors: Mapping[str, np.ndarray[Any, np.dtyp
 
     save_file(dict(tensors), path)
     path.chmod(0o644)
+
+
+def _write_state_dict(path: Path, tensors: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> None:
+    torch = need("torch", "torch")
+    with path.open("wb") as stream:  # with a path, its name would be in the bytes
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, stream)

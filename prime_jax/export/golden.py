@@ -55,7 +55,7 @@ def compare(golden: Arrays, bundle: Path) -> dict[str, Any]:
     Raises:
         ExportError: If a runtime differs by more than the tolerance.
     """
-    runtimes = {"onnxruntime": _onnxruntime_answers, "torch": _torch_answers}
+    runtimes = {"onnxruntime": onnxruntime_answers, "torch": torch_answers}
     parity: dict[str, Any] = {"tolerance": TOLERANCE, "rows": len(golden["embedding"])}
     for name, run in runtimes.items():
         try:
@@ -69,12 +69,17 @@ def compare(golden: Arrays, bundle: Path) -> dict[str, Any]:
     return parity
 
 
+def min_cosine(answers: np.ndarray[Any, np.dtype[Any]], expected: np.ndarray[Any, np.dtype[Any]]) -> float:
+    """Smallest cosine between rows that should be equal."""
+    left, right = answers.astype(np.float64), expected.astype(np.float64)
+    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
+    return float(((left * right).sum(axis=1) / lengths).min())
+
+
 def _agreement(
     name: str, answers: np.ndarray[Any, np.dtype[Any]], expected: np.ndarray[Any, np.dtype[Any]]
 ) -> dict[str, Any]:
     difference = float(np.abs(answers - expected).max())
-    left, right = answers.astype(np.float64), expected.astype(np.float64)
-    lengths = np.linalg.norm(left, axis=1) * np.linalg.norm(right, axis=1)
     if not difference <= TOLERANCE:  # NaN differs too
         raise ExportError(
             f"{name} differs from JAX by {difference:.2g} on the golden inputs, allowed is {TOLERANCE:g}; "
@@ -84,19 +89,23 @@ def _agreement(
         "checked": True,
         "version": importlib.metadata.version(name),
         "max_abs_difference": difference,
-        "min_cosine": float(((left * right).sum(axis=1) / lengths).min()),
+        "min_cosine": min_cosine(answers, expected),
     }
 
 
-def _onnxruntime_answers(golden: Arrays, bundle: Path) -> np.ndarray[Any, np.dtype[Any]]:
+def onnxruntime_answers(
+    golden: Arrays, bundle: Path, file: str = "model.onnx"
+) -> np.ndarray[Any, np.dtype[Any]]:
+    """What an ONNX file of the bundle predicts for the golden inputs, on the CPU."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(bundle / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(bundle / file, providers=["CPUExecutionProvider"])
     feeds = {given.name: golden[given.name] for given in session.get_inputs()}
     return np.asarray(session.run(["embedding"], feeds)[0])
 
 
-def _torch_answers(golden: Arrays, bundle: Path) -> np.ndarray[Any, np.dtype[Any]]:
+def torch_answers(golden: Arrays, bundle: Path) -> np.ndarray[Any, np.dtype[Any]]:
+    """What the bundle's own torch module predicts for the golden inputs."""
     import torch
 
     model = runtime_of(bundle).load_bundle(bundle)

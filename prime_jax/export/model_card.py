@@ -11,7 +11,9 @@ def model_card(
     config: PredictorConfig,
     parameters: int,
     facts: Mapping[str, Any],
-    parity: dict[str, Any],
+    parity: Mapping[str, Any],
+    version: str,
+    licence: str | None = None,
     *,
     memory_mapped: bool = False,
 ) -> str:
@@ -22,13 +24,15 @@ def model_card(
         parameters: How many numbers were trained.
         facts: Where the model comes from (`write_bundle`).
         parity: What parity.json holds.
+        version: Semantic version of the model.
+        licence: Terms of the weights, where they were stated.
         memory_mapped: Whether the memory must be mapped by target_head.safetensors before it is searched.
     """
     parts = [
         "# Embedding predictor",
         "Predicts the embedding of the passage that should be retrieved, from the embeddings of the past "
         "turns and of the current query. Search your index with the prediction instead of the query.",
-        f"Exported with prime-jax {__version__}; {parameters:,} parameters, float32; residual "
+        f"Version {version}, exported with prime-jax {__version__}; {parameters:,} parameters; residual "
         f"`{config.residual}`, context attention `{config.context_attention}`.",
         "## Inputs and output",
         _shapes(config),
@@ -40,11 +44,15 @@ def model_card(
         _origin(facts),
         "## Agreement with JAX",
         _agreement(parity),
+        _precisions(parity.get("precisions")),
+        "## What it gives away about its training data",
+        _leak(parity.get("leak_check")),
         "## Limits",
         _limits(config),
         "## Licence",
-        "The code in this bundle is Apache-2.0. The weights may also be bound by the terms of the data they "
-        "were trained on and of the encoder that made the embeddings.",
+        f"Weights: {licence or 'not stated by who exported them'}. They may be bound by the terms of the "
+        "data they were trained on and of the encoder that made the embeddings. The code in this bundle is "
+        "Apache-2.0.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -127,16 +135,96 @@ def _origin(facts: Mapping[str, Any]) -> str:
     if report := facts.get("report"):
         methods: Mapping[str, Mapping[str, float]] = report["methods"]
         columns = list(next(iter(methods.values())))
-        measured = [[name, *(f"{scores[key]:.4f}" for key in columns)] for name, scores in methods.items()]
+        measured = [
+            [name, *(_with_interval(report, name, key, value) for key, value in scores.items())]
+            for name, scores in methods.items()
+        ]
         parts += [
             f"Measured on the {report['split']} split: {report['queries']:,} queries, "
-            f"{report['corpus']:,} passages.",
+            f"{report['corpus']:,} passages; 95% bootstrap intervals in brackets.",
             table(["method", *columns], measured),
         ]
+        if headline := report.get("headline"):
+            parts.append(str(headline))
     return "\n\n".join(parts) or "Nothing is recorded about the training of this model."
 
 
-def _agreement(parity: dict[str, Any]) -> str:
+def _with_interval(report: Mapping[str, Any], method: str, metric: str, value: float) -> str:
+    ends = report.get("intervals", {}).get(method, {}).get(metric)
+    return f"{value:.4f}" + (f" [{ends[0]:.3f}, {ends[1]:.3f}]" if ends else "")
+
+
+def _precisions(found: Mapping[str, Mapping[str, Any]] | None) -> str:
+    """What the smaller ONNX files lose."""
+    if not found:
+        return ""
+    some = next(iter(found.values()))
+    rows = [
+        [
+            f"`model.{name}.onnx`",
+            f"{one['cosine_mean']:.5f} / {one['cosine_min']:.5f}",
+            f"{one['R@10']:.4f}",
+            f"{one['loss']:.4f} [{one['loss_interval'][0]:.4f}, {one['loss_interval'][1]:.4f}]",
+        ]
+        for name, one in found.items()
+    ]
+    return (
+        f"Smaller files, beside `model.onnx` on the {some['queries']:,} queries of the {some['split']} split "
+        "(a negative loss is a gain; 95% bootstrap intervals over conversations):\n\n"
+        + table(["file", "cosine mean / smallest", "R@10", "loss of R@10"], rows)
+    )
+
+
+def _leak(found: Mapping[str, Any] | None) -> str:
+    """The membership-inference measurement and what it means (SEC-PRED-002)."""
+    if found is None or not found["measured"]:
+        why = found["why"] if found else "the training data was not at hand when it was exported"
+        return f"Not measured: {why}. Assume that who can query the model can learn about its training data."
+    names = {
+        "prediction": "closeness of the prediction",
+        "query": "closeness of the plain query (knows no training)",
+        "calibrated": "the first less the second",
+    }
+    rows = [
+        [
+            names[name],
+            f"{one['auc']:.3f} [{one['auc_interval'][0]:.3f}, {one['auc_interval'][1]:.3f}]",
+            f"{one['found_at_1_percent']:.1%}",
+        ]
+        for name, one in found["attacks"].items()
+    ]
+    calibrated = found["attacks"].get("calibrated", found["attacks"]["prediction"])
+    low, high = calibrated["auc_interval"]
+    if low > 0.5:
+        meaning = (
+            "The model has partly learned its training conversations by heart: who holds a conversation can "
+            "tell better than by guessing whether it was trained on. Treat predictions on demand as you "
+            "would treat the conversations, or train with more data, fewer epochs or more dropout."
+        )
+    else:
+        meaning = (
+            "In this attack training conversations cannot be told from others"
+            + (
+                "."
+                if high >= 0.5
+                else "; they even come out less close, so the two sets differ in difficulty."
+            )
+            + " Stronger attacks may exist."
+        )
+    return (
+        f"An attacker who holds a conversation asks whether it was in the training set: {found['members']:,} "
+        f"conversations that were, {found['others']:,} of the {found['held_out']} split that were not, told "
+        "apart by how close vectors come to what was really said next (0.5 is blind guessing; 95% bootstrap "
+        "intervals over conversations):\n\n"
+        + table(["attack", "AUC", "found at 1% false alarms"], rows)
+        + "\n\n"
+        + meaning
+        + " The model gives out embeddings, not text; but they can be turned back into approximate text "
+        "(Morris et al. 2023), so they protect nobody by themselves."
+    )
+
+
+def _agreement(parity: Mapping[str, Any]) -> str:
     rows = []
     for name in ("onnxruntime", "torch"):
         found = parity[name]

@@ -18,6 +18,7 @@ from prime_jax.export.optional import need
 from prime_jax.models.prime import EmbeddingPredictor
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it since 1.17
+OPSETS = range(17, 24)  # 17 is the first with LayerNormalization
 INPUTS = ("context", "context_mask", "query")
 OUTPUT = "embedding"
 LARGEST = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB, larger models keep them in a second file
@@ -29,20 +30,27 @@ _MEANING = {
 }
 
 
-def to_onnx(model: EmbeddingPredictor, path: Path) -> None:
+def to_onnx(
+    model: EmbeddingPredictor, path: Path, *, opset: int = OPSET, facts: Mapping[str, object] | None = None
+) -> None:
     """Write `model` to `path`, and to `path` + ".data" where its weights are too large for one file.
 
     Args:
         model: A model whose compute dtype is float32.
         path: The file to write; it appears only when it is complete and onnx's checker accepts it.
+        opset: Version of ONNX's operators, 17 to 23; below 20 GELU is written out by Erf.
+        facts: Further entries of the file's metadata, such as `model_version`.
 
     Raises:
-        ExportError: If jax2onnx, onnx or onnx_ir is missing, or the result is not valid ONNX.
+        ExportError: If jax2onnx, onnx or onnx_ir is missing, the opset is none of these, or the result is not
+            valid ONNX.
     """
+    if opset not in OPSETS:
+        raise ExportError(f"opset {opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     ir, onnx = need("onnx_ir", "onnx"), need("onnx", "onnx")
-    graph = _traced(model)
+    graph = _traced(model, opset)
     tidy(graph)
-    _describe(graph, model)
+    _describe(graph, model, facts or {})
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -56,7 +64,7 @@ def to_onnx(model: EmbeddingPredictor, path: Path) -> None:
             part.replace(path.with_name(part.name))
 
 
-def _traced(model: EmbeddingPredictor) -> Any:
+def _traced(model: EmbeddingPredictor, opset: int) -> Any:
     """What jax2onnx makes of the model, as an `onnx_ir.Model`."""
     jax2onnx = need("jax2onnx", "onnx")
     (batch,) = jax.export.symbolic_shape("B")
@@ -70,7 +78,7 @@ def _traced(model: EmbeddingPredictor) -> Any:
         predict,
         inputs=inputs,
         model_name="prime_predictor",
-        opset=OPSET,
+        opset=opset,
         return_mode="ir",
         input_names=list(INPUTS),
         output_names=[OUTPUT],
@@ -78,7 +86,7 @@ def _traced(model: EmbeddingPredictor) -> Any:
     )
 
 
-def _describe(graph: Any, model: EmbeddingPredictor) -> None:
+def _describe(graph: Any, model: EmbeddingPredictor, more: Mapping[str, object]) -> None:
     """Say in the file itself what it is and what its inputs mean."""
     config = model.config
     facts: Mapping[str, object] = {
@@ -89,6 +97,8 @@ def _describe(graph: Any, model: EmbeddingPredictor) -> None:
         "normalised": "true",
         "residual": config.residual,
         "context_attention": config.context_attention,
+        "precision": "fp32",
+        **more,
     }
     graph.metadata_props.update({name: str(fact) for name, fact in facts.items()})
     graph.doc_string = "Predicts the embedding of the passage to retrieve from past turns and a query."

@@ -8,13 +8,17 @@ A copy of this file lies in every exported bundle; take it into your own project
     with torch.inference_mode():
         embedding = model(context, query, context_mask)    # [B, N, D], [B, D], [B, N] -> [B, E]
 
-It gives the numbers of the JAX model to about 1e-6 and can be trained further: `model.train()`.
+It gives the numbers of the JAX model to about 1e-6 and can be trained further: `model.train()`, then
+`model.save_checkpoint("tuned.pt")`; `prime_jax.export.from_torch` takes that back to JAX.
 """
 
+import ctypes
 import hashlib
 import json
 import math
-from dataclasses import dataclass, fields
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-FORMAT_VERSION = 1
+FORMATS = (1, 2)  # versions of manifest.json that this file reads
 _DTYPES = {"F32": torch.float32, "BOOL": torch.bool}
 
 
@@ -69,11 +73,20 @@ class PredictorConfig:
         model = _read_json(Path(path)).get("model")
         if not isinstance(model, dict):
             raise CheckpointError(f"{path}: has no section 'model'")
+        return cls.from_dict(model, path)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], path: str | Path) -> "PredictorConfig":
+        """The config that `values` describe; `path` is where they were found, for the message.
+
+        Raises:
+            CheckpointError: If a field is missing.
+        """
         names = [field.name for field in fields(cls)]
         for name in names:
-            if name not in model:
+            if name not in values:
                 raise CheckpointError(f"{path}: model.{name} is missing")
-        return cls(**{name: model[name] for name in names})
+        return cls(**{name: values[name] for name in names})
 
 
 class PredictorTransformerBlock(nn.Module):
@@ -163,7 +176,7 @@ class EmbeddingPredictor(nn.Module):
         context = context.to(dtype).masked_fill(~context_mask[..., None], 0.0)
         query = query.to(dtype)
 
-        pred = self.pred_token.expand(len(query), -1, -1)
+        pred = self.pred_token.expand(query.shape[0], -1, -1)
         x = torch.cat([pred, self.context_proj(context), self.query_proj(query)[:, None]], dim=1)
         x = x + self.pos_embedding[0][_positions(context_mask)]
         blocked = _blocked(context_mask, self.config.context_attention)
@@ -181,6 +194,45 @@ class EmbeddingPredictor(nn.Module):
     def get_num_params(self) -> int:
         """Number of trained numbers."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    def save_checkpoint(self, path: str | Path) -> None:
+        """Write config and weights to a `.pt` file that `load_checkpoint` and `prime_jax` open.
+
+        The file takes its name only when it is complete.
+
+        Raises:
+            CheckpointError: If it cannot be written.
+        """
+        path = Path(path)
+        part = path.with_name(f".{path.name}.part")
+        weights = {name: tensor.detach().cpu() for name, tensor in self.state_dict().items()}
+        config = asdict(self.config)
+        saved = {"config": config, "state_dict": weights, "sha256": _digest(config, weights)}
+        try:
+            with part.open("wb") as stream:
+                torch.save(saved, stream)
+                stream.flush()
+                os.fsync(stream.fileno())
+            part.replace(path)
+        except (OSError, RuntimeError) as failed:  # torch reports a full disk as RuntimeError
+            part.unlink(missing_ok=True)
+            raise CheckpointError(f"{path}: cannot be written ({failed})") from None
+
+    @classmethod
+    def load_checkpoint(cls, path: str | Path) -> "EmbeddingPredictor":
+        """Open what `save_checkpoint` wrote, in eval mode. Nothing in the file is executed.
+
+        Raises:
+            CheckpointError: If the file is missing, damaged, holds anything but tensors, numbers and text,
+                or does not fit; the message names it.
+        """
+        saved = read_pt(path)
+        config, weights = saved.get("config"), saved.get("state_dict")
+        if not isinstance(config, dict) or not isinstance(weights, dict):
+            raise CheckpointError(f"{path}: not written by save_checkpoint: it lacks config or state_dict")
+        if saved.get("sha256") != _digest(config, weights):
+            raise CheckpointError(f"{path}: damaged or changed, it differs from its SHA-256")
+        return _with_weights(PredictorConfig.from_dict(config, path), weights, path)
 
     def _base(self, context: Tensor, query: Tensor, context_mask: Tensor, turns: Tensor) -> Tensor:
         """What the prediction is added to: the query, or query plus a learned mix of the turns, `[B, D]`."""
@@ -266,26 +318,42 @@ def load_bundle(folder: str | Path) -> EmbeddingPredictor:
     """
     folder = Path(folder)
     verify(folder)
-    config = PredictorConfig.from_json(folder / "config.json")
     weights = folder / "model.safetensors"
-    tensors = read_safetensors(weights)
+    return _with_weights(
+        PredictorConfig.from_json(folder / "config.json"), read_safetensors(weights), weights
+    )
+
+
+def _with_weights(
+    config: PredictorConfig, tensors: Mapping[str, Tensor], path: str | Path
+) -> EmbeddingPredictor:
+    """An `EmbeddingPredictor` with these weights, in eval mode; a weight that does not fit is named."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         model = EmbeddingPredictor(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
-        raise CheckpointError(
-            f"{weights}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}"
-        )
+        raise CheckpointError(f"{path}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")
     for name, tensor in tensors.items():
         if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
             raise CheckpointError(
-                f"{weights}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
+                f"{path}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
                 f"expected torch.float32 {tuple(expected[name].shape)}"
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{weights}: tensor {name!r} holds NaN or Inf")
+            raise CheckpointError(f"{path}: tensor {name!r} holds NaN or Inf")
     model.load_state_dict(tensors, strict=True, assign=True)
     return model.eval()
+
+
+def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the config and every tensor's name, type, shape and values."""
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        values = tensor.detach().cpu().contiguous()
+        size = values.numel() * values.element_size()
+        digest.update((ctypes.c_char * size).from_address(values.data_ptr()))
+    return digest.hexdigest()
 
 
 def verify(folder: str | Path) -> dict[str, Any]:
@@ -300,19 +368,21 @@ def verify(folder: str | Path) -> dict[str, Any]:
     where, files = folder / "manifest.json", manifest.get("files")
     if manifest.get("kind") != "bundle" or not isinstance(files, dict):
         raise CheckpointError(f"{where}: not the manifest of a bundle")
-    if manifest.get("format_version") != FORMAT_VERSION:
+    if manifest.get("format_version") not in FORMATS:
         raise CheckpointError(
-            f"{where}: format version {manifest.get('format_version')!r}, this code reads {FORMAT_VERSION}"
+            f"{where}: format version {manifest.get('format_version')!r}, this code reads {FORMATS}"
         )
+    as_written = where.read_text("utf-8") == json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     rest = {name: fact for name, fact in manifest.items() if name != "sha256"}
-    if manifest.get("sha256") != hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest():
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    if not as_written or manifest.get("sha256") != digest:
         raise CheckpointError(f"{where}: damaged or changed, it differs from its own SHA-256")
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")
     for name, facts in files.items():
         file = folder / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise CheckpointError(f"{where}: the path {name!r} leaves the folder")
         if not file.is_file():
             raise CheckpointError(f"{file}: listed in manifest.json but missing")
@@ -321,6 +391,25 @@ def verify(folder: str | Path) -> dict[str, Any]:
         if facts != {"bytes": file.stat().st_size, "sha256": digest}:
             raise CheckpointError(f"{file}: damaged or changed, it differs from manifest.json")
     return manifest
+
+
+def read_pt(path: str | Path) -> dict[str, Any]:
+    """Read a `.pt` file of tensors, numbers and text by name; a file that holds code is refused unopened.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or holds anything else; the message names it.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as unreadable:
+        raise CheckpointError(f"{path}: cannot be read ({unreadable.strerror})") from None
+    except Exception as broken:  # torch raises many kinds for a damaged file
+        if type(broken).__name__ == "UnpicklingError":
+            raise CheckpointError(f"{path}: holds more than tensors, numbers and text; not opened") from None
+        raise CheckpointError(f"{path}: damaged, not a file of torch.save ({broken})") from None
+    if not isinstance(saved, dict):
+        raise CheckpointError(f"{path}: holds {type(saved).__name__}, not tensors by name")
+    return saved
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:

@@ -20,10 +20,8 @@ from numpy.typing import ArrayLike
 from prime_jax._version import __version__
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, PredictorError
-from prime_jax.files import MANIFEST, read_json, verify_manifest
-from prime_jax.models import ModelConfig
+from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
-from prime_jax.models.state_dict import load_state_dict
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.compiled import compile_ahead
@@ -41,15 +39,12 @@ BATCH_SIZES = (1, 8, 32)
 Program = Callable[..., Any]
 
 
-TARGET_HEAD = "target_head.safetensors"  # of a bundle, where the memory must be mapped
-
-
 def load(
     path: str | Path, *, precision: Precision = "auto", batch_sizes: Sequence[int] = BATCH_SIZES
 ) -> "Predictor":
     """Open a predictor: a run folder (its best checkpoint), one checkpoint folder, or an exported bundle.
 
-    Every file that is read is checked against its manifest first (SEC-PRED-001).
+    Every file in it is checked against its manifest first (SEC-PRED-001).
 
     Args:
         path: The folder.
@@ -63,9 +58,10 @@ def load(
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
-    if (folder / MANIFEST).is_file() and read_json(folder / MANIFEST).get("kind") == "bundle":
+    if is_bundle(folder):
         config = None
-        model, facts, head = _load_bundle(folder)
+        model, manifest, head = load_bundle(folder)
+        facts = {"source": str(folder), **manifest}
     else:
         model, config, checkpoint, head = checkpoints.load_model(folder)
         facts = {"source": str(checkpoint.folder), **checkpoint.facts}
@@ -341,15 +337,3 @@ def _sample(config: PredictorConfig, batch: int) -> tuple[Vectors, Vectors, np.n
     context /= np.linalg.norm(context, axis=-1, keepdims=True)
     query /= np.linalg.norm(query, axis=-1, keepdims=True)
     return context, query, np.ones(context.shape[:2], bool)
-
-
-def _load_bundle(folder: Path) -> tuple[EmbeddingPredictor, dict[str, Any], Array | None]:
-    from safetensors.numpy import load_file
-
-    manifest = verify_manifest(folder, "bundle")
-    settings = read_json(folder / "config.json")
-    config = ModelConfig(**settings["model"])
-    model = load_state_dict(config, load_file(folder / "model.safetensors"))
-    file = folder / TARGET_HEAD
-    head = jnp.asarray(load_file(file)["kernel"]) if file.is_file() else None
-    return model, {"source": str(folder), **manifest}, head

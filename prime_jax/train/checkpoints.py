@@ -24,7 +24,8 @@ from jaxtyping import Int32
 
 from prime_jax.config import Config, load_stored_config, to_yaml
 from prime_jax.errors import CheckpointError, ConfigError
-from prime_jax.files import MANIFEST, read_json, verify_manifest, write_manifest, write_text
+from prime_jax.files import write_text
+from prime_jax.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.nn.target_head import initial_head
 from prime_jax.train.collective import barrier, is_main
@@ -69,7 +70,7 @@ def list_checkpoints(run: Path) -> list[Checkpoint]:
     """All complete checkpoints of a run, oldest first."""
     folders = [path for path in checkpoints_folder(run).glob("*") if path.name.isdecimal()]
     complete = [path for path in folders if (path / MANIFEST).is_file()]
-    return sorted((Checkpoint(path, read_json(path / MANIFEST)) for path in complete), key=lambda c: c.step)
+    return sorted((Checkpoint(path, read_manifest(path)) for path in complete), key=lambda c: c.step)
 
 
 def latest(run: Path) -> Checkpoint | None:
@@ -195,7 +196,7 @@ def save(run: Path, state: TrainState, config: Config, facts: Mapping[str, Any])
     with Checkpoints(run) as writer:
         writer.save(state, config, facts)
     folder = checkpoints_folder(run) / str(int(state.step))
-    return Checkpoint(folder, read_json(folder / MANIFEST))
+    return Checkpoint(folder, read_manifest(folder))
 
 
 def remove_leftovers(run: Path) -> None:
@@ -245,13 +246,9 @@ def load_model(folder: Path) -> LoadedModel:
     Raises:
         CheckpointError: If there is no checkpoint, or a file of it is missing or damaged.
     """
-    if (folder / MANIFEST).is_file():
-        checkpoint = Checkpoint(folder, read_json(folder / MANIFEST))
-    else:
-        checkpoint = best(folder)
-    verify_manifest(
-        checkpoint.folder, KIND, needed=lambda name: not name.startswith(("state/", "negatives/"))
-    )
+    is_one = (folder / MANIFEST).is_file()
+    checkpoint = Checkpoint(folder, read_manifest(folder)) if is_one else best(folder)
+    verify_manifest(checkpoint.folder, KIND)
     try:
         config = load_stored_config(checkpoint.folder / CONFIG)
     except ConfigError as unreadable:

@@ -14,6 +14,7 @@ from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.prepare import prepare
 from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.train import checkpoints
 from prime_jax.train.collective import in_turn, say
 from prime_jax.train.optim import warmup_steps
@@ -89,7 +90,9 @@ def starting_weights(config: Config) -> Any | None:
     """
     if config.model.checkpoint_path is None:
         return None
-    params = pure_params(checkpoints.load_model(Path(config.model.checkpoint_path)).model)
+    start = Path(config.model.checkpoint_path)
+    model = load_bundle(start).model if is_bundle(start) else checkpoints.load_model(start).model
+    params = pure_params(model)
     fresh = jax.eval_shape(lambda: pure_params(config.model.build(rngs=nnx.Rngs(0))))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, fresh):
         raise ConfigError(f"model.checkpoint_path {config.model.checkpoint_path}: its model has other shapes")

@@ -1,5 +1,6 @@
 """JAX, ONNX Runtime and the torch runtime give the same numbers, whatever the mode, residual, N and batch."""
 
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +14,11 @@ from prime_jax.export import torch_runtime
 from prime_jax.export.to_onnx import to_onnx
 from prime_jax.export.to_torch import state_dict
 
-CASES = [  # context_attention, residual, max_delta: each value at least once, 'copy' in every mode
-    ("full", "none", None),
-    ("full", "copy", 0.3),
-    ("prefix", "copy", None),
-    ("causal", "copy", None),
-    ("causal", "query", 0.3),
+SIZES = [(128, 2, 4), (256, 3, 8)]  # hidden_dim, num_layers, num_heads
+CASES = [  # context_attention, residual, max_delta, size
+    *product(("full", "prefix", "causal"), ("none", "copy"), (None,), SIZES),
+    ("full", "copy", 0.3, SIZES[0]),
+    ("causal", "query", 0.3, SIZES[0]),
 ]
 
 
@@ -33,8 +33,9 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    mode, residual, max_delta = request.param
-    model = make(context_attention=mode, residual=residual, max_delta=max_delta)
+    mode, residual, max_delta, (hidden, layers, heads) = request.param
+    shape = {"hidden_dim": hidden, "num_layers": layers, "num_heads": heads}
+    model = make(context_attention=mode, residual=residual, max_delta=max_delta, **shape)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     to_onnx(model, path)
     return Exported(

@@ -43,6 +43,46 @@ def test_interface(exported: Any) -> None:
     assert facts["normalised"] == "true"
 
 
+LAYER = {
+    **{"LayerNormalization": 2, "MatMul": 4, "Einsum": 2, "Softmax": 1, "Gelu": 1},
+    **{"Add": 6, "Div": 1, "Where": 1, "Split": 1, "Reshape": 4},
+}
+
+
+def test_a_layer_adds_its_own_operators_and_no_shape_arithmetic(tmp_path: Path) -> None:
+    """Four products with their biases, two sums, scaled and masked attention, and four reshapes of heads.
+
+    The batch is asked for once in the whole graph.
+    """
+    counts = []
+    for layers in (2, 3, 5):
+        to_onnx(make(num_layers=layers), tmp_path / "model.onnx")
+        counts.append(Counter(node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node))
+    assert dict(counts[1] - counts[0]) == LAYER
+    assert counts[2] - counts[1] == Counter({kind: 2 * count for kind, count in LAYER.items()})
+    assert counts[0]["Shape"] == 1
+    assert counts[0].total() < 100
+
+
+@pytest.mark.parametrize("opset", [17, 18, 19, 20, 21, 22, 23])
+def test_every_opset_gives_the_same_numbers(tmp_path: Path, opset: int) -> None:
+    model = make(num_layers=1, residual="copy", context_attention="causal")
+    to_onnx(model, tmp_path / "model.onnx", opset=opset, facts={"model_version": "1.2.0"})
+    graph = onnx.load(tmp_path / "model.onnx")
+    assert [(given.domain, given.version) for given in graph.opset_import] == [("", opset)]
+    assert {entry.key: entry.value for entry in graph.metadata_props}["model_version"] == "1.2.0"
+    context, query, mask = requests(10)
+    feeds = {"context": context, "context_mask": mask, "query": query}
+    (got,) = session(tmp_path / "model.onnx").run(None, feeds)
+    np.testing.assert_allclose(got, answers(model, context, query, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("opset", [16, 24])
+def test_other_opsets_are_refused(tmp_path: Path, opset: int) -> None:
+    with pytest.raises(ExportError, match=f"opset {opset} is not supported; choose 17 to 23"):
+        to_onnx(make(), tmp_path / "model.onnx", opset=opset)
+
+
 def test_every_affine_map_is_one_matmul(exported: Any) -> None:
     """Three projections, four of the first layer (query, key and value in one, output, MLP), six of the last.
 

@@ -138,3 +138,88 @@ def test_a_broken_header_is_refused(tmp_path: Path, content: bytes, message: str
         read_safetensors(path)
     path.write_bytes(safetensors(RIGHT))
     assert read_safetensors(path)["a"].tolist() == [0.0, 0.0]
+
+
+def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(1)
+    return torch.randn(rows, N, D), torch.randn(rows, D), torch.rand(rows, N) > 0.4
+
+
+@pytest.mark.parametrize("residual", ["none", "copy"])
+def test_a_checkpoint_comes_back(tmp_path: Path, residual: str) -> None:
+    model = make(residual=residual, context_attention="prefix")
+    model.save_checkpoint(tmp_path / "model.pt")
+    loaded = EmbeddingPredictor.load_checkpoint(tmp_path / "model.pt")
+    assert loaded.config == model.config
+    assert not loaded.training
+    torch.testing.assert_close(loaded(*inputs(6)), model(*inputs(6)), rtol=0, atol=0)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+
+
+def test_a_flipped_byte_of_weights_or_config_in_a_checkpoint_is_caught(tmp_path: Path) -> None:
+    model, path = make(), tmp_path / "model.pt"
+    model.save_checkpoint(path)
+    whole = path.read_bytes()
+    values = whole.find(model.layers[0].mlp[0].weight.detach().numpy().tobytes())
+    assert values > 0
+    heads = whole.find(b"num_heads") + len("num_heads") + 3  # behind the memo: the number itself
+    assert whole[heads] == 4
+    for place in (values, values + 50_001, heads):
+        data = bytearray(whole)
+        data[place] ^= 0x10
+        path.write_bytes(data)
+        with pytest.raises(CheckpointError, match=r"model\.pt: damaged"):
+            EmbeddingPredictor.load_checkpoint(path)
+
+
+class Code:
+    """Pickles as a call that would leave a file behind."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.path,)
+
+
+def test_a_file_that_holds_code_is_refused_unopened(tmp_path: Path) -> None:
+    torch.save({"config": Code(tmp_path / "ran"), "state_dict": {}}, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=r"model\.pt: holds more than tensors, numbers and text"):
+        EmbeddingPredictor.load_checkpoint(tmp_path / "model.pt")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weights": torch.zeros(2)}, "not written by save_checkpoint: it lacks config or state_dict"),
+        (torch.zeros(2), "holds Tensor, not tensors by name"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, content: object, message: str) -> None:
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match=message):
+        EmbeddingPredictor.load_checkpoint(tmp_path / "model.pt")
+
+
+def test_missing_and_unwritable_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere\.pt: cannot be read"):
+        EmbeddingPredictor.load_checkpoint(tmp_path / "nowhere.pt")
+    with pytest.raises(CheckpointError, match=r"nowhere/model\.pt: cannot be written"):
+        make().save_checkpoint(tmp_path / "nowhere" / "model.pt")
+
+
+@pytest.mark.parametrize("residual", ["none", "copy"])
+def test_exports_for_any_batch_with_torch_export(residual: str) -> None:
+    model, batch = make(residual=residual), torch.export.Dim("B")
+    shapes = {name: {0: batch} for name in ("context", "query", "context_mask")}
+    program = torch.export.export(model, inputs(3), dynamic_shapes=shapes).module()
+    for rows in (1, 3, 64):
+        torch.testing.assert_close(program(*inputs(rows)), model(*inputs(rows)), rtol=0, atol=1e-6)
+
+
+def test_compiles_without_a_graph_break() -> None:
+    """Backend `eager`: the capture alone, as no C++ compiler is needed then."""
+    model = make(residual="copy", context_attention="causal")
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*inputs(5)), model(*inputs(5)), rtol=0, atol=1e-6)

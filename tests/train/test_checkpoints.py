@@ -98,6 +98,26 @@ def test_any_flipped_byte_in_any_file_is_caught(run: Path) -> None:
     checkpoints.restore(newest, make_state(3))
 
 
+def test_any_flipped_byte_is_caught_on_load(tmp_path: Path) -> None:
+    """In every file, at random places, whether it is loaded to predict or to resume."""
+    folder = save(tmp_path, 3, 0.5).folder
+    like, rng = make_state(99), np.random.default_rng(0)
+    files = [file for file in folder.rglob("*") if file.is_file() and file.stat().st_size]
+    assert len(files) > 15
+    for file in files:
+        whole = file.read_bytes()
+        for place in rng.integers(0, len(whole), 2):
+            data = bytearray(whole)
+            data[place] ^= int(rng.integers(1, 256))
+            file.write_bytes(data)
+            with pytest.raises(CheckpointError, match=file.name):
+                checkpoints.load_model(folder)
+            with pytest.raises(CheckpointError, match=file.name):
+                checkpoints.restore(Checkpoint(folder, {"step": 3}), like)
+        file.write_bytes(whole)
+    checkpoints.load_model(folder)
+
+
 def test_another_structure_is_refused(run: Path) -> None:
     newest = checkpoints.latest(run)
     assert newest is not None

@@ -1,0 +1,300 @@
+"""A memory store that searches with predictions: a bundle, a data folder, Qdrant. No JAX.
+
+    python export/mcs_search.py BUNDLE DATA                        # embedded Qdrant, in memory
+    python export/mcs_search.py BUNDLE DATA --path memory/         # embedded, kept on disk
+    python export/mcs_search.py BUNDLE DATA --url http://host:6333 # a server or a cluster, the same code
+
+Writes every passage of DATA as a memory, then asks the questions of a split twice, with the plain query and
+with the predicted embedding, and shows what each finds. DATA is in the JSONL contract with its embeddings
+beside it (`prime-jax encode`); in production they come from your encoder.
+"""
+
+import json
+import re
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from hashlib import sha256
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from predict_onnx import DTYPES, read_safetensors, verify
+from qdrant_client import QdrantClient, models
+
+TOP = 10
+BATCH = 64
+SHOWN = 3
+
+
+class Question(NamedTuple):
+    """One row of the split: `context` holds the newest turns, oldest first."""
+
+    context: list[str]
+    query: str
+    positives: set[int]
+    exclude: list[int]
+    scope: str | None
+
+
+class Embeddings:
+    """The store that `prime-jax encode` wrote, read by text."""
+
+    def __init__(self, folder: Path, encoder: str):
+        home = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", encoder).strip(".-")
+        if not (home / "index.json").is_file():
+            sys.exit(f"{home}: no embeddings of {encoder}; run: prime-jax encode --data {folder.parent}")
+        DTYPES["U8"] = np.uint8
+        index = json.loads((home / "index.json").read_text())
+        shards = [read_safetensors(home / shard["file"]) for shard in index["shards"]]
+        self.vectors = np.concatenate([shard["embeddings"] for shard in shards])
+        keys = np.concatenate([shard["keys"] for shard in shards])
+        self.row = {key.tobytes(): row for row, key in enumerate(keys)}
+
+    def of(self, texts: list[str]) -> Any:
+        """Embeddings, `[n, D]`."""
+        try:
+            return self.vectors[[self.row[sha256(text.encode()).digest()[:16]] for text in texts]]
+        except KeyError:
+            sys.exit("the store lacks the embedding of some text; run prime-jax encode again")
+
+
+def onnx_predictor(bundle: Path, precision: str) -> Any:
+    """A function from context, mask and query to embeddings, through ONNX Runtime."""
+    import onnxruntime
+
+    file = json.loads((bundle / "manifest.json").read_text())["onnx"].get(precision)
+    if file is None:
+        sys.exit(f"{bundle}: has no {precision} file; export it with --precision {precision}")
+    session = onnxruntime.InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"])
+
+    def predict(context: Any, mask: Any, query: Any) -> Any:
+        return session.run(["embedding"], {"context": context, "context_mask": mask, "query": query})[0]
+
+    return predict
+
+
+def torch_predictor(bundle: Path) -> Any:
+    """The same through PyTorch, with the bundle's own module."""
+    import torch
+
+    sys.path.insert(0, str(bundle))
+    sys.dont_write_bytecode = True  # leave the bundle as it is
+    model = import_module("torch_runtime").load_bundle(bundle)
+
+    def predict(context: Any, mask: Any, query: Any) -> Any:
+        with torch.inference_mode():
+            return model(*map(torch.from_numpy, (context, query, mask))).numpy()
+
+    return predict
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.strip():
+                yield json.loads(line)
+
+
+def remember(client: QdrantClient, name: str, memories: list[dict[str, Any]], vectors: Any) -> None:
+    """Write every memory with its text; ids are line numbers, so writing them again changes nothing."""
+    size = vectors.shape[1]
+    if not client.collection_exists(name):
+        params = models.VectorParams(size=size, distance=models.Distance.COSINE)
+        client.create_collection(name, vectors_config=params)
+    for start in range(0, len(memories), 1000):
+        points = [
+            models.PointStruct(id=start + row, vector=vector.tolist(), payload=memories[start + row])
+            for row, vector in enumerate(vectors[start : start + 1000])
+        ]
+        client.upsert(name, points, wait=True)
+
+
+def allowed(question: Question, scoped: bool) -> models.Filter:
+    """Memories that were not seen yet, of the same scope where the memory has scopes at all."""
+    same: list[Any] = []
+    if scoped and question.scope is None:
+        same = [models.IsNullCondition(is_null=models.PayloadField(key="scope"))]
+    elif question.scope is not None:
+        same = [models.FieldCondition(key="scope", match=models.MatchValue(value=question.scope))]
+    seen: list[Any] = [models.HasIdCondition(has_id=list(question.exclude))] if question.exclude else []
+    return models.Filter(must=same, must_not=seen)
+
+
+def search(
+    client: QdrantClient, name: str, questions: list[Question], vectors: Any, scoped: bool
+) -> list[list[tuple[int, float]]]:
+    """Id and score of the nearest memories of each question, best first."""
+    found = []
+    for start in range(0, len(questions), BATCH):
+        requests = [
+            models.QueryRequest(query=vector.tolist(), limit=TOP, filter=allowed(question, scoped))
+            for question, vector in zip(
+                questions[start : start + BATCH], vectors[start : start + BATCH], strict=True
+            )
+        ]
+        answers = client.query_batch_points(name, requests)
+        found += [[(int(point.id), point.score) for point in answer.points] for answer in answers]
+    return found
+
+
+def equals_exact_search(
+    found: list[tuple[int, float]],
+    question: Question,
+    vector: Any,
+    vectors: Any,
+    memories: list[dict[str, Any]],
+) -> bool:
+    """Whether these are the nearest allowed memories, by comparing with all of them; ties in any order."""
+    scores = vectors @ (vector / np.linalg.norm(vector)) / np.linalg.norm(vectors, axis=1)
+    closed = np.array([memory["scope"] != question.scope for memory in memories])
+    closed[question.exclude] = True
+    best = np.sort(np.where(closed, -np.inf, scores))[::-1][: len(found)]
+    ids = [row for row, _ in found]
+    return (
+        len(found) == min(TOP, int((~closed).sum()))
+        and not closed[ids].any()
+        and bool(np.allclose(scores[ids], best, atol=1e-5))
+    )
+
+
+def predict_all(
+    predict: Any, config: dict[str, Any], questions: list[Question], embeddings: Embeddings
+) -> Any:
+    """Predicted embeddings of all questions, `[Q, E]`; slots without a turn are masked."""
+    _, slots, size = config["inputs"]["context"]["shape"]
+    prefix, found = config.get("query_prefix", ""), []
+    for start in range(0, len(questions), BATCH):
+        rows = questions[start : start + BATCH]
+        context = np.zeros((len(rows), slots, size), np.float32)
+        mask = np.zeros((len(rows), slots), bool)
+        for row, question in enumerate(rows):
+            turns = question.context[-slots:]
+            if turns:
+                context[row, : len(turns)] = embeddings.of([prefix + turn for turn in turns])
+                mask[row, : len(turns)] = True
+        query = embeddings.of([prefix + question.query for question in rows])
+        found.append(predict(context, mask, query))
+    return np.concatenate(found)
+
+
+def mapped(bundle: Path, vectors: Any) -> Any:
+    """Passages as predictions search them: through the bundle's target head, where it has one."""
+    if not (bundle / "target_head.safetensors").is_file():
+        return vectors
+    moved = vectors + vectors @ read_safetensors(bundle / "target_head.safetensors")["kernel"]
+    return moved / np.linalg.norm(moved, axis=1, keepdims=True)
+
+
+def report(
+    ways: dict[str, list[list[tuple[int, float]]]], questions: list[Question], memories: list[dict[str, Any]]
+) -> None:
+    """How often each way finds a right memory, and the same questions side by side."""
+    ranks = {
+        name: [
+            next((rank for rank, (row, _) in enumerate(one, 1) if row in question.positives), None)
+            for one, question in zip(found, questions, strict=True)
+        ]
+        for name, found in ways.items()
+    }
+    print(f"\n{'searched with':<16}{'first':>8}{'in ' + str(TOP):>8}{'MRR@' + str(TOP):>9}")
+    for name, hits in ranks.items():
+        known = [rank for rank in hits if rank]
+        shares = (sum(rank == 1 for rank in known), len(known), sum(1 / rank for rank in known))
+        first, within, mrr = (share / len(questions) for share in shares)
+        print(f"{name:<16}{first:>8.1%}{within:>8.1%}{mrr:>9.3f}")
+    better = [
+        row for row in range(len(questions)) if ranks["prediction"][row] == 1 and ranks["query"][row] != 1
+    ]
+    for row in better[:SHOWN]:
+        print(f"\nquestion    {_short(questions[row].query)}")
+        for name, found in ways.items():
+            mark = "right" if ranks[name][row] == 1 else "wrong"
+            print(f"{name:<12}{_short(memories[found[row][0][0]]['text'])}  ({mark})")
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def run(given: Namespace) -> None:
+    """Write the memories, ask the questions, compare."""
+    verify(given.bundle)
+    config = json.loads((given.bundle / "config.json").read_text())
+    if config.get("context_from") == "search":
+        sys.exit(
+            f"{given.bundle}: takes the passages of a first search as turns; this script takes the data's"
+        )
+    embeddings = Embeddings(given.store or given.data / "embeddings", config["encoder"])
+    passages = list(read_lines(given.data / "corpus.jsonl"))
+    memories = [{"id": row["id"], "text": row["text"], "scope": row.get("scope")} for row in passages]
+    index = {memory["id"]: row for row, memory in enumerate(memories)}
+    vectors = embeddings.of([config.get("passage_prefix", "") + memory["text"] for memory in memories])
+    questions = [
+        Question(
+            row["context"],
+            row["query"],
+            {index[name] for name in row["positives"]},
+            [index[name] for name in row.get("exclude", ())],
+            row.get("scope"),
+        )
+        for row in read_lines(given.data / f"{given.split}.jsonl")
+    ][: given.questions]
+
+    client = QdrantClient(
+        **{"url": given.url}
+        if given.url
+        else {"path": given.path}
+        if given.path
+        else {"location": ":memory:"}
+    )
+    searched = {"query": vectors, "prediction": mapped(given.bundle, vectors)}
+    names = {"query": given.collection, "prediction": given.collection}
+    if searched["prediction"] is not vectors:  # a target head moves the memory: it needs its own collection
+        names["prediction"] += "_mapped"
+    for way, name in dict(zip(names.values(), names, strict=True)).items():
+        remember(client, way, memories, searched[name])
+    print(f"memories: {len(memories):,} in {given.url or given.path or 'an embedded store'}")
+
+    predict = (
+        torch_predictor(given.bundle)
+        if given.runtime == "torch"
+        else onnx_predictor(given.bundle, given.precision)
+    )
+    prefix = config.get("query_prefix", "")
+    asked = {
+        "query": embeddings.of([prefix + question.query for question in questions]),
+        "prediction": predict_all(predict, config, questions, embeddings),
+    }
+    scoped = any(memory["scope"] is not None for memory in memories)
+    ways = {name: search(client, names[name], questions, asked[name], scoped) for name in asked}
+    exact = [
+        equals_exact_search(found, question, vector, searched[name], memories)
+        for name in ways
+        for found, question, vector in zip(ways[name], questions, asked[name], strict=True)
+    ]
+    print(f"questions: {len(questions):,}; {sum(exact):,} of {len(exact):,} answers equal an exact search")
+    report(ways, questions, memories)
+    client.close()
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    parser = ArgumentParser(description="Search a Qdrant memory with predicted embeddings, without JAX.")
+    parser.add_argument("bundle", type=Path, help="bundle of prime-jax export")
+    parser.add_argument("data", type=Path, help="data folder: corpus.jsonl, a split, embeddings/")
+    parser.add_argument("--store", type=Path, metavar="DIR", help="embeddings (default: DATA/embeddings)")
+    parser.add_argument("--split", default="test", help="whose questions are asked (default: test)")
+    parser.add_argument("--questions", type=int, default=500, metavar="N", help="at most (default: 500)")
+    parser.add_argument("--url", help="Qdrant server; without it, a store in this process")
+    parser.add_argument("--path", metavar="DIR", help="where the embedded store is kept (default: memory)")
+    parser.add_argument("--collection", default="memories", help="its name there (default: memories)")
+    parser.add_argument("--runtime", choices=["onnx", "torch"], default="onnx")
+    parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
+    run(parser.parse_args())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What a bundle states about itself, measured on the run's data: lost precision, traces of training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float32, Int64
+from numpy import ndarray
+
+from prime_jax.data.records import SPLITS
+from prime_jax.errors import ExportError
+from prime_jax.evaluate.arrays import Corpus, Split, retrieve
+from prime_jax.evaluate.membership import Closeness, closeness, membership
+from prime_jax.evaluate.run import OpenedData, conversations, open_data, split_arrays
+from prime_jax.evaluate.significance import compare
+from prime_jax.export.optional import need
+from prime_jax.predict.predictor import Predictor
+from prime_jax.progress import progress
+from prime_jax.retrieval.metrics import ranking_metrics
+
+VALIDATION = "dev"
+METRIC = "R@10"
+MAX_LOSS = 0.01
+SEED = 0
+MOST = 2000  # examples of either side of the leak check
+_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """The validation split that precisions are judged on, and the result of the leak check.
+
+    Attributes:
+        validation: Queries and right answers.
+        corpus: The passages as predictions search them.
+        groups: Conversation of each query.
+        leak: What `membership` found, or why it was not measured.
+    """
+
+    validation: Split
+    corpus: Corpus
+    groups: Int64[ndarray, " Q"]
+    leak: dict[str, Any]
+
+    def judge(self, reference: Path, candidate: Path) -> dict[str, Any]:
+        """Compare what two ONNX files find on the validation split.
+
+        Returns:
+            `cosine_mean` and `cosine_min` of their predictions, `R@10` of the candidate, `loss`, by how much
+            it is below the reference, and its 95% `loss_interval`, resampling conversations.
+        """
+        right, other = (self._answers(path) for path in (reference, candidate))
+        scores = [self._scores(answers) for answers in (right, other)]
+        loss = compare(*scores, seed=SEED, groups=self.groups)
+        cosine = (right * other).sum(axis=1)
+        return {
+            "split": VALIDATION,
+            "queries": len(right),
+            "cosine_mean": float(cosine.mean()),
+            "cosine_min": float(cosine.min()),
+            METRIC: float(scores[1].mean()),
+            "loss": loss.difference,
+            "loss_interval": [loss.low, loss.high],
+        }
+
+    def _answers(self, path: Path) -> Float32[ndarray, "Q E"]:
+        runtime, split = need("onnxruntime", "onnx"), self.validation
+        session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found = []
+        with progress(f"Predicting with {path.name}", len(split.query), "queries") as advance:
+            for start in range(0, len(split.query), _ROWS):
+                rows = slice(start, start + _ROWS)
+                feeds = {
+                    "context": split.context[rows],
+                    "context_mask": split.mask[rows],
+                    "query": split.query[rows],
+                }
+                found.append(session.run(["embedding"], feeds)[0])
+                advance(len(found[-1]))
+        answers: Float32[ndarray, "Q E"] = np.concatenate(found)
+        return answers
+
+    def _scores(self, answers: Float32[ndarray, "Q E"]) -> ndarray:
+        if not np.isfinite(answers).all():
+            raise ExportError("the predictions hold NaN or Inf in this precision")
+        _, found = retrieve(answers, self.validation, self.corpus, 10)
+        return ranking_metrics(found, self.validation.positives)[METRIC]
+
+
+def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path | None = None) -> Evidence:
+    """Open the run's data and attack the model on it.
+
+    Args:
+        predictor: As `load(run)` gave it.
+        run: Its folder.
+        data: Data folder; its train split must be what the run was trained on for the leak check to mean it.
+        store: Embedding store; None means the run's, or `embeddings/` in the data folder.
+
+    Raises:
+        ConfigError, DataError: As `open_data`.
+    """
+    names = [name for name in SPLITS if (data / f"{name}.jsonl").is_file()]
+    opened = open_data(predictor, run, data, names, store=store)
+    splits = split_arrays(opened.dataset, opened.embedded, opened.encoder, opened.source)
+    passages = opened.embedded.corpus()
+    memory = passages if predictor.target_head is None else predictor.map_memory(passages)
+    return Evidence(
+        validation=splits[VALIDATION],
+        corpus=Corpus(memory, opened.embedded.corpus_scope),
+        groups=conversations(opened.dataset.splits[VALIDATION]),
+        leak=_leak(predictor, opened, splits, passages, memory),
+    )
+
+
+def _leak(
+    predictor: Predictor,
+    opened: OpenedData,
+    splits: dict[str, Split],
+    passages: Float32[ndarray, "M E"],
+    memory: Float32[ndarray, "M E"],
+) -> dict[str, Any]:
+    held_out = "test" if "test" in splits else VALIDATION
+    trained_on = {name: opened.dataset.splits[name] for name in ("train", VALIDATION)}
+    trained_hash = type(opened.dataset)(opened.dataset.corpus, trained_on).hash
+    if trained_hash != predictor.info().get("data_hash"):
+        return {"measured": False, "why": "the data is not what the model was trained on"}
+    sides = []
+    for name in ("train", held_out):
+        split = splits[name]
+        labels = conversations(opened.dataset.splits[name])
+        rows = _sample(labels)
+        predicted = predictor.predict(split.context[rows], split.query[rows], split.mask[rows])
+        right = [split.positives[row] for row in rows]
+        to_prediction, to_query = closeness(predicted, memory, right), None
+        if split.query.shape[1] == passages.shape[1]:
+            to_query = closeness(split.query[rows], passages, right)
+        sides.append(Closeness(to_prediction, to_query, labels[rows]))
+    if min(len(np.unique(side.conversation)) for side in sides) < 10:
+        return {"measured": False, "why": "fewer than ten conversations on one side"}
+    return {"measured": True, "held_out": held_out, **membership(*sides, seed=SEED)}
+
+
+def _sample(labels: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:
+    """Rows of whole conversations drawn at random, about `MOST` of them, in order."""
+    order = np.random.default_rng(SEED).permutation(np.unique(labels))
+    sizes: Sequence[int] = np.bincount(labels)[order]
+    taken = order[: max(1, int(np.searchsorted(np.cumsum(sizes), MOST, side="right")))]
+    return np.flatnonzero(np.isin(labels, taken))

@@ -1,0 +1,114 @@
+"""The way back: weights trained in PyTorch become a JAX model again.
+
+Takes what `torch_runtime` writes (`save_checkpoint`), what `torch.save(model.state_dict(), ...)` writes, a
+safetensors file, a bundle, or a dictionary of tensors. Nothing in a file is executed (SEC-PRED-001).
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pydantic
+
+from prime_jax.errors import CheckpointError, PredictorError
+from prime_jax.export.optional import need
+from prime_jax.files import read_json
+from prime_jax.manifest import MANIFEST, verify_manifest
+from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.models.state_dict import load_state_dict
+
+Weights = dict[str, np.ndarray[Any, np.dtype[Any]]]
+Config = PredictorConfig | Mapping[str, Any] | str | Path
+
+
+def from_torch(source: str | Path | Mapping[str, Any], config: Config | None = None) -> EmbeddingPredictor:
+    """Build the JAX model whose weights PyTorch trained.
+
+    Args:
+        source: A `.pt`, `.pth` or `.safetensors` file, a bundle folder, or tensors (torch's or numpy's) by
+            the plan's names. Half precision becomes float32.
+        config: Shape and behaviour: a config, its fields, or a bundle's config.json. Not needed for a
+            bundle, nor for a file of `save_checkpoint`, which hold their own.
+
+    Returns:
+        The model, float32. `Predictor.from_model` serves it, `write_bundle` hands it over, and its bundle
+        can be `model.checkpoint_path` of another training run.
+
+    Raises:
+        CheckpointError: If a file is missing, damaged or holds code; a tensor is missing, unexpected,
+            misshapen, or holds NaN or Inf; the message names it.
+        PredictorError: If the config is missing or not valid.
+    """
+    if isinstance(source, Mapping):
+        where, tensors, stored = "state_dict", dict(source), None
+    else:
+        where = str(source)
+        tensors, stored = _read(Path(source))
+    chosen = _as_config(stored if config is None else config, where)
+    try:
+        return load_state_dict(chosen, {name: _as_float32(tensor) for name, tensor in tensors.items()})
+    except CheckpointError as unfit:
+        raise CheckpointError(f"{where}: {unfit}") from None
+
+
+def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
+    """Tensors by name, and the config where the file has one."""
+    if (path / MANIFEST).is_file():
+        verify_manifest(path, "bundle")
+        return _read_safetensors(path / "model.safetensors"), read_json(path / "config.json").get("model")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path), None
+    if path.suffix not in (".pt", ".pth"):
+        raise CheckpointError(f"{path}: expected a .pt, .pth or .safetensors file, or a bundle folder")
+    need("torch", "torch")
+    from prime_jax.export import torch_runtime
+
+    try:
+        saved = torch_runtime.read_pt(path)
+        if "state_dict" not in saved:
+            return saved, None
+        model = torch_runtime.EmbeddingPredictor.load_checkpoint(path)
+    except torch_runtime.PredictorError as refused:
+        raise CheckpointError(str(refused)) from None
+    return dict(model.state_dict()), saved["config"]
+
+
+def _read_safetensors(path: Path) -> Weights:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+    except SafetensorError as broken:
+        raise CheckpointError(f"{path}: damaged, not a safetensors file ({broken})") from None
+
+
+def _as_config(config: Config | None, where: str) -> PredictorConfig:
+    if isinstance(config, PredictorConfig):
+        return config
+    if config is None:
+        raise PredictorError(f"{where}: holds no config; name the config.json of the bundle it came from")
+    fields: Mapping[str, Any]
+    if isinstance(config, Mapping):
+        fields = config
+    else:
+        where = str(config)
+        fields = read_json(Path(config)).get("model", {})
+    try:
+        return PredictorConfig(**fields)
+    except pydantic.ValidationError as invalid:
+        first = invalid.errors()[0]
+        raise PredictorError(f"{where}: model.{first['loc'][0]}: {first['msg']}") from None
+
+
+def _as_float32(tensor: Any) -> np.ndarray[Any, np.dtype[Any]]:
+    """A numpy array; floating-point numbers of any precision become float32, others stay what they are."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.detach().cpu()
+        tensor = tensor.float() if tensor.is_floating_point() else tensor
+        return np.asarray(tensor.numpy())
+    array = np.asarray(tensor)
+    return array.astype(np.float32) if array.dtype.kind == "f" else array
