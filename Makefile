@@ -22,7 +22,7 @@ STAMP_DEV  := .venv/.installed-dev
 EXTRAS_RUN := onnx,text,plots$(if $(filter-out 0,$(TORCH)),$(comma)torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup test lint types wheel lock clean
+.PHONY: help quickstart setup test consumers lint types wheel lock clean
 
 help:  ## List these commands
 	@grep -E '^[a-z]+:.*  ## ' Makefile | sed -E 's/^([a-z]+):.*  ## /\1|/' \
@@ -73,6 +73,15 @@ setup: $(STAMP_DEV)  ## Install everything development needs into .venv
 test: $(STAMP_DEV)  ## Run the tests with coverage (at least 85%)
 	$(PY) -m pytest -n 2 --dist loadfile --cov --cov-report term --cov-fail-under 85
 
+# The schema of Triton's configuration comes with NVIDIA's client, whose own requirements are not needed for that.
+consumers: $(STAMP_DEV)  ## Run what uses an exported bundle in an environment without JAX
+	$(PYTHON) -m venv .venv-consumers
+	.venv-consumers/bin/python -m pip install --quiet -c constraints.txt -r export/requirements.txt
+	.venv-consumers/bin/python -m pip install --quiet --no-deps tritonclient==2.73.0
+	! .venv-consumers/bin/python -c 'import jax' 2>/dev/null
+	PRIME_CONSUMER_PYTHON=$(CURDIR)/.venv-consumers/bin/python $(PY) -m pytest -n 2 --dist loadfile \
+	  tests/export/test_mcs_search.py tests/export/test_export_command.py tests/export/test_trained_run.py
+
 lint: $(STAMP_DEV)  ## Check style and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -94,5 +103,5 @@ lock: $(STAMP_DEV)  ## Resolve pyproject.toml anew into uv.lock and constraints.
 	mv constraints.txt.new constraints.txt
 
 clean:  ## Remove builds, caches and .venv; runs/ stays
-	rm -rf .venv dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-consumers dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -31,8 +31,10 @@ def sign(folder: Path, private_key: Path, password: str | None = None) -> None:
     signing = need("model_signing", "sign").signing
     if not private_key.is_file():
         raise ExportError(f"{private_key}: there is no such key file")
+    # model-signing 1.1 hands the password on as it is, and cryptography takes bytes only
+    secret: Any = None if password is None else password.encode()
     try:
-        config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=password)
+        config = signing.Config().use_elliptic_key_signer(private_key=private_key, password=secret)
         config.set_hashing_config(_hashing(folder)).sign(folder, folder / SIGNATURE)
     except Exception as failed:  # cryptography raises many kinds for an unfit key
         raise ExportError(f"{private_key}: cannot sign with this key: {failed}") from None

@@ -1,17 +1,14 @@
 """`python -m prime_jax.export`, and the consumer scripts that use nothing but its result."""
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from consumers import consume
 from predictors import make
 
 from prime_jax.export.__main__ import main
 from prime_jax.export.bundle import write_bundle
-
-SCRIPTS = Path(__file__).parents[2] / "export"
 
 
 @pytest.fixture(scope="module")
@@ -46,19 +43,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
 @pytest.mark.parametrize("script", ["predict_onnx.py", "load_torch.py"])
 def test_consumers_run_without_jax_and_notice_damage(bundle: Path, tmp_path: Path, script: str) -> None:
     copied = Path(shutil.copytree(bundle, tmp_path / "bundle"))
-    code = (
-        "import runpy, sys; sys.argv = sys.argv[1:]\n"
-        "for name in ('jax', 'prime_jax', 'safetensors'): sys.modules[name] = None\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
-    command = [sys.executable, "-c", code, str(SCRIPTS / script), str(copied)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = consume(script, str(copied))
     assert done.returncode == 0, done.stderr
     assert "golden requests: 5, largest difference" in done.stdout
     assert "norm 1.0000" in done.stdout
     assert sorted(file.name for file in copied.iterdir()) == sorted(file.name for file in bundle.iterdir())
     weights = copied / "model.onnx"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = consume(script, str(copied))
     assert done.returncode != 0
     assert "model.onnx" in done.stderr
