@@ -16,6 +16,8 @@ MODULES = {
     "evaluate": "prime_jax.evaluate.__main__",
     "serve": "prime_jax.serve.__main__",
     "export": "prime_jax.export.__main__",
+    "inspect": "prime_jax.export.inspection",
+    "verify": "prime_jax.export.verification",
 }
 
 
@@ -64,7 +66,8 @@ def test_data_commands_have_a_two_word_form(command: str, monkeypatch: pytest.Mo
         (["evalute", "--run", "x"], "prime-jax: unknown command 'evalute'; did you mean 'evaluate'?"),
         (
             ["xyz"],
-            "prime-jax: unknown command 'xyz'; choose from pydocs, encode, train, evaluate, serve, export",
+            "prime-jax: unknown command 'xyz'; choose from pydocs, encode, train, evaluate, serve, export, "
+            "inspect, verify",
         ),
         (["data", "encod"], "prime-jax: unknown command 'encod'; did you mean 'encode'?"),
         (["data", "train"], "prime-jax: unknown command 'train'; choose from pydocs, encode"),

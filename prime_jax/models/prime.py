@@ -32,7 +32,7 @@ class PredictorConfig(Frozen):
     max_context_length: int = Field(default=10, ge=1, le=50, description="most turns N that are looked at")
     dropout: float = Field(default=0.1, ge=0.0, le=0.5, description="dropout probability in training")
     checkpoint_path: str | None = Field(
-        default=None, description="run folder whose weights training starts from"
+        default=None, description="run folder or bundle whose weights training starts from"
     )
     use_static_cache: bool = Field(
         default=True, description="pad requests to a few fixed shapes when predicting"

@@ -1,0 +1,96 @@
+"""Predicted search for users of sentence-transformers: a bundle on top of your encoder. No JAX.
+
+    encoder = SentenceTransformer("all-MiniLM-L6-v2")        # the encoder the model was trained on
+    predicted = PredictedQuery(encoder, "bundle/")
+    memory = predicted.encode_documents(passages)            # as you index them today
+    vector = predicted.encode_query("And in Berlin?", turns=["What is the weather in Paris?"])
+    best = (memory @ vector).argmax()
+
+`python export/sentence_transformers_search.py BUNDLE ENCODER PASSAGES` reads a conversation from
+the terminal, one turn a line, and finds a line of the file PASSAGES for each, by query and by prediction.
+"""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from predict_onnx import read_safetensors, verify
+
+
+class PredictedQuery:
+    """Encodes queries as predictions of what should be retrieved, and documents to go with them.
+
+    Args:
+        encoder: A SentenceTransformer, or anything else whose `encode(texts)` gives `[n, D]`. It must be the
+            encoder that config.json names: another one gives meaningless answers and no error.
+        bundle: Folder of `prime-jax export`; every file is checked.
+        precision: `fp32`, or `fp16` or `int8` where the bundle has it.
+    """
+
+    def __init__(self, encoder: Any, bundle: str | Path, precision: str = "fp32"):
+        bundle = Path(bundle)
+        verify(bundle)
+        file = json.loads((bundle / "manifest.json").read_text())["onnx"][precision]
+        config = json.loads((bundle / "config.json").read_text())
+        self.encoder = encoder
+        self.slots, self.size = config["inputs"]["context"]["shape"][1:]
+        self.query_prefix = config.get("query_prefix", "")
+        self.passage_prefix = config.get("passage_prefix", "")
+        head = bundle / "target_head.safetensors"
+        self.head = read_safetensors(head)["kernel"] if head.is_file() else None
+        self.session = onnxruntime.InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"])
+
+    def encode_query(self, query: str, turns: Sequence[str] = ()) -> Any:
+        """The embedding to search with, `[E]`, unit norm; `turns` are the past ones, oldest first."""
+        newest = list(turns)[-self.slots :]
+        vectors = self._encode([self.query_prefix + text for text in (*newest, query)])
+        context = np.zeros((1, self.slots, self.size), np.float32)
+        context[0, : len(newest)] = vectors[:-1]
+        mask = np.arange(self.slots)[None] < len(newest)
+        feeds = {"context": context, "context_mask": mask, "query": vectors[-1:]}
+        return self.session.run(["embedding"], feeds)[0][0]
+
+    def encode_documents(self, passages: Sequence[str]) -> Any:
+        """What the memory holds, `[n, E]`, unit norm."""
+        vectors = self._encode([self.passage_prefix + text for text in passages])
+        return vectors if self.head is None else _unit(vectors + vectors @ self.head)
+
+    def _encode(self, texts: list[str]) -> Any:
+        vectors = np.asarray(self.encoder.encode(texts), np.float32)
+        if vectors.shape != (len(texts), self.size):
+            raise ValueError(
+                f"the encoder gives {vectors.shape}, the model takes vectors of {self.size} dimensions; "
+                "is it the encoder that config.json names?"
+            )
+        return _unit(vectors)
+
+
+def _unit(vectors: Any) -> Any:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def main() -> None:
+    """Search the passages for each turn of a conversation."""
+    if len(sys.argv) != 4:
+        sys.exit("usage: python export/sentence_transformers_search.py BUNDLE ENCODER PASSAGES")
+    from sentence_transformers import SentenceTransformer
+
+    predicted = PredictedQuery(SentenceTransformer(sys.argv[2]), sys.argv[1])
+    passages = [line.strip() for line in Path(sys.argv[3]).read_text().splitlines() if line.strip()]
+    memory = predicted.encode_documents(passages)
+    turns: list[str] = []
+    for line in sys.stdin:
+        query = line.strip()
+        plain = predicted.encode_documents([query])[0]
+        print(f"{query}\n  query       {passages[int((memory @ plain).argmax())]}")
+        found = int((memory @ predicted.encode_query(query, turns)).argmax())
+        print(f"  prediction  {passages[found]}", flush=True)
+        turns.append(query)
+
+
+if __name__ == "__main__":
+    main()
