@@ -1,14 +1,14 @@
 """Predict from a bundle with PyTorch only: `python export/load_torch.py BUNDLE`.
 
-Uses the bundle's own torch_runtime.py; copy that file into your project to do the same. The runtime checks
-every file against the manifest.
+Uses the bundle's own torch_runtime.py; copy that file into your project to do the same. Every file is checked
+against the manifest before any of its code runs.
 """
 
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import torch
+from bundle_files import BundleError, torch_runtime
 
 
 def main() -> None:
@@ -16,9 +16,11 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python export/load_torch.py BUNDLE")
     bundle = Path(sys.argv[1])
-    sys.path.insert(0, str(bundle))
-    sys.dont_write_bytecode = True  # leave the bundle as it is
-    runtime = import_module("torch_runtime")
+    try:
+        runtime = torch_runtime(bundle)
+    except BundleError as mistake:
+        print(f"load_torch: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
     model = runtime.load_bundle(bundle)
     print(f"parameters: {model.get_num_params():,}")

@@ -15,13 +15,13 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from predict_onnx import DTYPES, read_safetensors, verify
+from bundle_files import BundleError, onnx_file, read_safetensors, torch_runtime, verify
 from qdrant_client import QdrantClient, models
+from qdrant_client.http.exceptions import ApiException
 
 TOP = 10
 BATCH = 64
@@ -44,8 +44,9 @@ class Embeddings:
     def __init__(self, folder: Path, encoder: str):
         home = folder / re.sub(r"[^A-Za-z0-9._-]+", "-", encoder).strip(".-")
         if not (home / "index.json").is_file():
-            sys.exit(f"{home}: no embeddings of {encoder}; run: prime-jax encode --data {folder.parent}")
-        DTYPES["U8"] = np.uint8
+            raise BundleError(
+                f"{home}: no embeddings of {encoder}; run: prime-jax encode --data {folder.parent}"
+            )
         index = json.loads((home / "index.json").read_text())
         shards = [read_safetensors(home / shard["file"]) for shard in index["shards"]]
         self.vectors = np.concatenate([shard["embeddings"] for shard in shards])
@@ -57,17 +58,15 @@ class Embeddings:
         try:
             return self.vectors[[self.row[sha256(text.encode()).digest()[:16]] for text in texts]]
         except KeyError:
-            sys.exit("the store lacks the embedding of some text; run prime-jax encode again")
+            raise BundleError("the store lacks the embedding of a text; run prime-jax encode again") from None
 
 
 def onnx_predictor(bundle: Path, precision: str) -> Any:
     """A function from context, mask and query to embeddings, through ONNX Runtime."""
     import onnxruntime
 
-    file = json.loads((bundle / "manifest.json").read_text())["onnx"].get(precision)
-    if file is None:
-        sys.exit(f"{bundle}: has no {precision} file; export it with --precision {precision}")
-    session = onnxruntime.InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"])
+    file = onnx_file(bundle, verify(bundle), precision)
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def predict(context: Any, mask: Any, query: Any) -> Any:
         return session.run(["embedding"], {"context": context, "context_mask": mask, "query": query})[0]
@@ -79,9 +78,7 @@ def torch_predictor(bundle: Path) -> Any:
     """The same through PyTorch, with the bundle's own module."""
     import torch
 
-    sys.path.insert(0, str(bundle))
-    sys.dont_write_bytecode = True  # leave the bundle as it is
-    model = import_module("torch_runtime").load_bundle(bundle)
+    model = torch_runtime(bundle).load_bundle(bundle)
 
     def predict(context: Any, mask: Any, query: Any) -> Any:
         with torch.inference_mode():
@@ -99,9 +96,24 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def remember(client: QdrantClient, name: str, memories: list[dict[str, Any]], vectors: Any) -> None:
-    """Write every memory with its text; ids are line numbers, so writing them again changes nothing."""
+    """Write every memory with its text; ids are line numbers, so writing them again changes nothing.
+
+    A collection that holds anything else is left alone.
+    """
     size = vectors.shape[1]
-    if not client.collection_exists(name):
+    if client.collection_exists(name):
+        ids = range(len(memories))
+        there = [
+            point
+            for start in range(0, len(memories), 1000)
+            for point in client.retrieve(name, list(ids[start : start + 1000]))
+        ]
+        same = all(memories[int(point.id)] == point.payload for point in there)
+        if not same or client.count(name).count != len(there):
+            raise BundleError(
+                f"the collection {name!r} holds other memories; name another one with --collection"
+            )
+    else:
         params = models.VectorParams(size=size, distance=models.Distance.COSINE)
         client.create_collection(name, vectors_config=params)
     for start in range(0, len(memories), 1000):
@@ -224,9 +236,11 @@ def run(given: Namespace) -> None:
     verify(given.bundle)
     config = json.loads((given.bundle / "config.json").read_text())
     if config.get("context_from") == "search":
-        sys.exit(
+        raise BundleError(
             f"{given.bundle}: takes the passages of a first search as turns; this script takes the data's"
         )
+    if "encoder" not in config:
+        raise BundleError(f"{given.bundle / 'config.json'}: does not name the encoder")
     embeddings = Embeddings(given.store or given.data / "embeddings", config["encoder"])
     passages = list(read_lines(given.data / "corpus.jsonl"))
     memories = [{"id": row["id"], "text": row["text"], "scope": row.get("scope")} for row in passages]
@@ -293,7 +307,15 @@ def main() -> None:
     parser.add_argument("--collection", default="memories", help="its name there (default: memories)")
     parser.add_argument("--runtime", choices=["onnx", "torch"], default="onnx")
     parser.add_argument("--precision", choices=["fp32", "fp16", "int8"], default="fp32")
-    run(parser.parse_args())
+    given = parser.parse_args()
+    if given.questions < 1:
+        parser.error("--questions must be 1 or more")
+    try:
+        run(given)
+    except (BundleError, OSError, KeyError, ValueError, ApiException) as mistake:
+        told = f"the key {mistake} is missing" if isinstance(mistake, KeyError) else mistake
+        print(f"mcs_search: {told}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 Checks every file against the manifest, repeats the golden requests, then predicts for one new conversation.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -11,33 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-
-DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "BOOL": np.bool_}
-
-
-def verify(bundle: Path) -> None:
-    """Refuse a bundle of which any file differs from manifest.json."""
-    manifest = json.loads((bundle / "manifest.json").read_text())
-    for name, facts in manifest["files"].items():
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            sys.exit(f"{bundle / 'manifest.json'}: the path {name!r} leaves the folder")
-        file = bundle / name
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != facts["sha256"]:
-            sys.exit(f"{file}: missing or damaged")
-
-
-def read_safetensors(path: Path) -> dict[str, Any]:
-    """The arrays of a safetensors file; the package `safetensors` does the same."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    arrays = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            first, last = entry["data_offsets"]
-            part = data[start + first : start + last]
-            arrays[name] = np.frombuffer(part, DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
+from bundle_files import BundleError, onnx_file, read_safetensors, verify
 
 
 def repeat_golden(session: Any, bundle: Path) -> None:
@@ -48,7 +21,7 @@ def repeat_golden(session: Any, bundle: Path) -> None:
     difference = np.abs(answers - expected).max()
     print(f"golden requests: {len(expected)}, largest difference {difference:.1e}")
     if not difference <= 1e-4:  # room for processors that round differently
-        sys.exit("this machine does not compute what the model should")
+        raise BundleError("this machine does not compute what the model should")
 
 
 def predict_one(session: Any, bundle: Path) -> None:
@@ -72,10 +45,14 @@ def main() -> None:
     if len(sys.argv) != 2:
         sys.exit("usage: python export/predict_onnx.py BUNDLE")
     bundle = Path(sys.argv[1])
-    verify(bundle)
-    session = onnxruntime.InferenceSession(str(bundle / "model.onnx"), providers=["CPUExecutionProvider"])
-    repeat_golden(session, bundle)
-    predict_one(session, bundle)
+    try:
+        file = onnx_file(bundle, verify(bundle), "fp32")
+        session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+        repeat_golden(session, bundle)
+        predict_one(session, bundle)
+    except BundleError as mistake:
+        print(f"predict_onnx: {mistake}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

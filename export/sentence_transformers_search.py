@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from predict_onnx import read_safetensors, verify
+from bundle_files import BundleError, onnx_file, read_safetensors, verify
 
 
 class PredictedQuery:
@@ -29,20 +29,26 @@ class PredictedQuery:
             encoder that config.json names: another one gives meaningless answers and no error.
         bundle: Folder of `prime-jax export`; every file is checked.
         precision: `fp32`, or `fp16` or `int8` where the bundle has it.
+
+    Raises:
+        BundleError: If the bundle is damaged, lacks the precision, or was trained on other turns.
     """
 
     def __init__(self, encoder: Any, bundle: str | Path, precision: str = "fp32"):
         bundle = Path(bundle)
-        verify(bundle)
-        file = json.loads((bundle / "manifest.json").read_text())["onnx"][precision]
+        file = onnx_file(bundle, verify(bundle), precision)
         config = json.loads((bundle / "config.json").read_text())
+        if config.get("context_from") == "search":
+            raise BundleError(
+                f"{bundle}: takes the passages of a first search as turns, not a conversation's"
+            )
         self.encoder = encoder
         self.slots, self.size = config["inputs"]["context"]["shape"][1:]
         self.query_prefix = config.get("query_prefix", "")
         self.passage_prefix = config.get("passage_prefix", "")
         head = bundle / "target_head.safetensors"
         self.head = read_safetensors(head)["kernel"] if head.is_file() else None
-        self.session = onnxruntime.InferenceSession(str(bundle / file), providers=["CPUExecutionProvider"])
+        self.session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def encode_query(self, query: str, turns: Sequence[str] = ()) -> Any:
         """The embedding to search with, `[E]`, unit norm; `turns` are the past ones, oldest first."""
@@ -54,10 +60,14 @@ class PredictedQuery:
         feeds = {"context": context, "context_mask": mask, "query": vectors[-1:]}
         return self.session.run(["embedding"], feeds)[0][0]
 
-    def encode_documents(self, passages: Sequence[str]) -> Any:
-        """What the memory holds, `[n, E]`, unit norm."""
+    def encode_documents(self, passages: Sequence[str], *, mapped: bool = True) -> Any:
+        """What the memory holds, `[n, E]`, unit norm; `mapped` through the bundle's target head, if any."""
         vectors = self._encode([self.passage_prefix + text for text in passages])
-        return vectors if self.head is None else _unit(vectors + vectors @ self.head)
+        return vectors if self.head is None or not mapped else _unit(vectors + vectors @ self.head)
+
+    def encode_plain(self, query: str) -> Any:
+        """The query as it is searched without a prediction, `[D]`; compare it with unmapped documents."""
+        return self._encode([self.query_prefix + query])[0]
 
     def _encode(self, texts: list[str]) -> Any:
         vectors = np.asarray(self.encoder.encode(texts), np.float32)
@@ -79,14 +89,19 @@ def main() -> None:
         sys.exit("usage: python export/sentence_transformers_search.py BUNDLE ENCODER PASSAGES")
     from sentence_transformers import SentenceTransformer
 
-    predicted = PredictedQuery(SentenceTransformer(sys.argv[2]), sys.argv[1])
-    passages = [line.strip() for line in Path(sys.argv[3]).read_text().splitlines() if line.strip()]
+    try:
+        predicted = PredictedQuery(SentenceTransformer(sys.argv[2]), sys.argv[1])
+        passages = [line.strip() for line in Path(sys.argv[3]).read_text().splitlines() if line.strip()]
+    except (BundleError, OSError) as mistake:
+        print(f"sentence_transformers_search: {mistake}", file=sys.stderr)
+        sys.exit(2)
     memory = predicted.encode_documents(passages)
+    unmapped = predicted.encode_documents(passages, mapped=False)
     turns: list[str] = []
     for line in sys.stdin:
         query = line.strip()
-        plain = predicted.encode_documents([query])[0]
-        print(f"{query}\n  query       {passages[int((memory @ plain).argmax())]}")
+        plain = int((unmapped @ predicted.encode_plain(query)).argmax())
+        print(f"{query}\n  query       {passages[plain]}")
         found = int((memory @ predicted.encode_query(query, turns)).argmax())
         print(f"  prediction  {passages[found]}", flush=True)
         turns.append(query)

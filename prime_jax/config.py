@@ -75,6 +75,9 @@ class TrainingConfig(Frozen):
     mining_margin: float = Field(
         default=0.05, ge=0, lt=1, description="how far a negative stays below the positive, relatively"
     )
+    rotation: float = Field(
+        default=0.0, ge=0, le=1, description="share of batches turned at random; helps on unseen topics"
+    )
     seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
     eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")
     save_every_steps: int = Field(default=0, ge=0, description="steps between more checkpoints; 0: none")
@@ -138,6 +141,15 @@ class Config(Frozen):
     mesh: MeshConfig = Field(default_factory=MeshConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Config":
+        if self.train.rotation and self.model.input_dim != self.model.output_dim:
+            raise ValueError(
+                f"train.rotation turns queries and predictions alike, so model.input_dim "
+                f"{self.model.input_dim} must equal model.output_dim {self.model.output_dim}"
+            )
+        return self
+
 
 class _Settings(BaseSettings):
     """`Config` as pydantic-settings fills it: given values < environment < command line."""
@@ -192,7 +204,10 @@ def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config
         raise ConfigError(_explain(invalid, Config, "command line or environment")) from None
     except SettingsError as unreadable:
         raise ConfigError(str(unreadable)) from None
-    return Config(**{name: getattr(settings, name) for name in Config.model_fields})
+    try:
+        return Config(**{name: getattr(settings, name) for name in Config.model_fields})
+    except ValidationError as invalid:  # sections that do not fit together
+        raise ConfigError(_explain(invalid, Config, "configuration")) from None
 
 
 def load_stored_config(file: Path) -> Config:

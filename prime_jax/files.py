@@ -73,8 +73,8 @@ def read_json(path: Path, error: type[PredictorError] = CheckpointError) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise error(f"{path}: the file is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as broken:
-        raise error(f"{path}: not valid JSON ({broken})") from None
+    except (ValueError, RecursionError) as broken:
+        raise error(f"{path}: not valid JSON ({str(broken).splitlines()[0]})") from None
 
 
 @contextmanager

@@ -75,17 +75,17 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise CheckpointError(f"{path}: not a manifest of this library")
     version = manifest.get("format_version")
-    if version != FORMAT_VERSION and version not in _UPGRADES:
+    if type(version) is not int or (version != FORMAT_VERSION and version not in _UPGRADES):
         raise CheckpointError(
             f"{path}: format version {version!r}, this library reads versions 1 to {FORMAT_VERSION}"
         )
-    as_written = path.read_bytes() == json_text(manifest).encode()
-    if not as_written or manifest.get("sha256") != manifest_digest(manifest):
+    if not _as_written(path, manifest) or manifest.get("sha256") != manifest_digest(manifest):
         raise CheckpointError(f"{path}: damaged or changed, it differs from its own SHA-256")
     for name, facts in manifest["files"].items():
         _check_entry(path, name, facts)
     while manifest["format_version"] != FORMAT_VERSION:
         manifest = _UPGRADES[manifest["format_version"]](manifest)
+    _check_facts(path, manifest)
     return manifest
 
 
@@ -107,6 +107,8 @@ def verify_manifest(folder: Path, kind: str) -> dict[str, Any]:
             )
     for name, facts in listed.items():
         file = folder / name
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{file}: a link that leaves the folder")
         if not file.is_file():
             raise CheckpointError(f"{file}: listed in {MANIFEST} but missing")
         if file.stat().st_size != facts["bytes"]:
@@ -126,11 +128,7 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 def _names_in(folder: Path) -> list[str]:
     """Every file that belongs to the folder's content, by its path in it."""
-    names = [
-        file.relative_to(folder).as_posix()
-        for file in folder.rglob("*")
-        if file.is_file() and file.parent.name != "__pycache__"  # Python's own, beside torch_runtime.py
-    ]
+    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
     return sorted(name for name in names if name not in (MANIFEST, SIGNATURE))
 
 
@@ -149,10 +147,33 @@ def _check_entry(path: Path, name: str, facts: Any) -> None:
         raise CheckpointError(f"{path}: does not say size and SHA-256 of {name!r}")
 
 
+def _as_written(path: Path, manifest: dict[str, Any]) -> bool:
+    try:
+        return path.read_bytes() == json_text(manifest).encode()
+    except ValueError:  # a number that only damage makes, such as 1e905
+        return False
+
+
+def _check_facts(path: Path, manifest: Mapping[str, Any]) -> None:
+    """What every reader relies on; a manifest without it was not written by this library."""
+    for name in ("kind", "model_version"):
+        if not isinstance(manifest.get(name), str):
+            raise CheckpointError(f"{path}: does not say its {name}")
+    onnx = manifest.get("onnx", {})
+    if not isinstance(onnx, dict) or any(file not in manifest["files"] for file in onnx.values()):
+        raise CheckpointError(f"{path}: 'onnx' names a file that it does not list")
+    if manifest["kind"] == "checkpoint":
+        metrics = manifest.get("metrics")
+        fit = isinstance(metrics, dict) and all(isinstance(value, int | float) for value in metrics.values())
+        if not fit or not isinstance(manifest.get("step"), int):
+            raise CheckpointError(f"{path}: does not say step and metrics of a checkpoint")
+
+
 def _from_1(manifest: dict[str, Any]) -> dict[str, Any]:
     """Format 1 gave models no version, and bundles had one ONNX file."""
     upgraded = {**manifest, "format_version": 2, "model_version": FIRST_VERSION}
-    return upgraded | ({"onnx": {"fp32": "model.onnx"}} if manifest["kind"] == "bundle" else {})
+    holds_onnx = manifest.get("kind") == "bundle" and "model.onnx" in manifest["files"]
+    return upgraded | ({"onnx": {"fp32": "model.onnx"}} if holds_onnx else {})
 
 
 _UPGRADES: dict[Any, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}

@@ -16,12 +16,12 @@ console = Console(stderr=True)
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str) -> Iterator[Callable[..., None]]:
+def progress(title: str, total: int | None, unit: str) -> Iterator[Callable[..., None]]:
     """Show a bar while the block runs.
 
     Args:
         title: What is being done, a few words.
-        total: How many units there are.
+        total: How many units there are; None where nobody knows before the end.
         unit: Name of one unit in the plural ("texts", "queries"), for the rate.
 
     Yields:

@@ -21,7 +21,7 @@ def sealed(tmp_path: Path) -> Path:
     (tmp_path / "deep").mkdir()
     (tmp_path / "deep" / "weights").write_bytes(bytes(range(256)))
     (tmp_path / "config").write_text("x")
-    write_manifest(tmp_path, "thing", step=3)
+    write_manifest(tmp_path, "thing", step=3, metrics={"loss": 1e-05}, name="ü")
     return tmp_path
 
 
@@ -41,7 +41,7 @@ def test_any_flipped_bit_is_caught(sealed: Path, offset: int) -> None:
         verify_manifest(sealed, "thing")
 
 
-@pytest.mark.parametrize("bit", [0x01, 0x10, 0x80])
+@pytest.mark.parametrize("bit", [0x01, 0x02, 0x04, 0x08, 0x10, 0x1C, 0x20, 0x40, 0x80])
 def test_any_flipped_bit_of_the_manifest_is_caught(sealed: Path, bit: int) -> None:
     """In a file's hash, a fact, a key or the layout."""
     file = sealed / "manifest.json"
@@ -87,6 +87,50 @@ def test_other_kinds_versions_and_non_manifests_are_refused(sealed: Path) -> Non
         verify_manifest(sealed, "thing")
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format_version": []}, r"format version \[\]"),
+        ({"format_version": True}, "format version True"),
+        ({"kind": None}, "does not say its kind"),
+        ({"model_version": 1}, "does not say its model_version"),
+        ({"onnx": {"fp32": "../x"}}, "'onnx' names a file that it does not list"),
+        ({"onnx": ["config"]}, "'onnx' names a file that it does not list"),
+        ({"kind": "checkpoint", "metrics": {"loss": "low"}}, "does not say step and metrics"),
+        ({"kind": "checkpoint", "step": "3"}, "does not say step and metrics"),
+    ],
+)
+def test_what_readers_rely_on_must_be_there(sealed: Path, change: dict[str, object], message: str) -> None:
+    manifest = read_json(sealed / "manifest.json") | change
+    write_json(sealed / "manifest.json", manifest | {"sha256": manifest_digest(manifest)})
+    with pytest.raises(CheckpointError, match=message):
+        read_manifest(sealed)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": 1e999}', '{"a": ' + "9" * 5000 + "}", '"\\ud800"'])
+def test_json_that_only_malice_writes_is_refused(sealed: Path, text: str) -> None:
+    (sealed / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_manifest(sealed)
+
+
+def test_compiled_code_and_links_that_leave_are_refused(
+    sealed: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "config"
+    (sealed / "config").rename(elsewhere)
+    (sealed / "config").symlink_to(elsewhere)
+    with pytest.raises(CheckpointError, match="config: a link that leaves the folder"):
+        verify_manifest(sealed, "thing")
+    (sealed / "config").unlink()
+    elsewhere.rename(sealed / "config")
+    verify_manifest(sealed, "thing")
+    (sealed / "__pycache__").mkdir()
+    (sealed / "__pycache__" / "x.pyc").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"x\.pyc: not listed"):
+        verify_manifest(sealed, "thing")
+
+
 @pytest.mark.parametrize("facts", [{}, {"bytes": "1", "sha256": "0"}, {"bytes": 1}, 7])
 def test_an_entry_without_size_or_hash_is_refused(sealed: Path, facts: object) -> None:
     manifest = read_json(sealed / "manifest.json")
@@ -109,6 +153,8 @@ def test_format_1_reads_as_format_2(sealed: Path) -> None:
     read = verify_manifest(sealed, "thing")
     assert (read["format_version"], read["model_version"]) == (2, "1.0.0")
     old["kind"] = "bundle"
+    (sealed / "config").rename(sealed / "model.onnx")
+    old["files"]["model.onnx"] = old["files"].pop("config")
     write_json(sealed / "manifest.json", old | {"sha256": manifest_digest(old)})
     assert verify_manifest(sealed, "bundle")["onnx"] == {"fp32": "model.onnx"}
 

@@ -79,7 +79,7 @@ class Dataset:
         digest = hashlib.sha256()
         for name, rows in [("corpus", self.corpus), *sorted(self.splits.items())]:
             digest.update(f"{name} {len(rows)}\n".encode())
-            digest.update("".join(map(_line, rows)).encode())
+            digest.update("".join(map(as_line, rows)).encode())
         return digest.hexdigest()
 
 
@@ -125,7 +125,7 @@ def write_dataset(folder: Path, dataset: Dataset) -> None:
         for name, rows in [("corpus", dataset.corpus), *dataset.splits.items()]:
             temporary = stack.enter_context(files.atomic_path(folder / f"{name}.jsonl"))
             with temporary.open("w", encoding="utf-8", newline="\n") as stream:
-                stream.writelines(map(_line, rows))
+                stream.writelines(map(as_line, rows))
 
 
 def _ids(row: Mapping[str, Any], key: str, place: str, corpus: Mapping[str, Passage]) -> tuple[str, ...]:
@@ -209,7 +209,7 @@ def _extra(row: Mapping[str, Any], contract: Sequence[str], place: str) -> dict[
     return extra
 
 
-def _line(row: Any) -> str:
+def as_line(row: Any) -> str:
     """A passage or example as one line of JSON; optional keys only where they say something."""
     values: dict[str, Any] = {"id": row.id}
     if isinstance(row, Passage):

@@ -68,7 +68,8 @@ def membership(members: Closeness, others: Closeness, *, seed: int = 0) -> dict[
     Returns:
         `members` and `others`, the numbers of conversations, and `attacks`: by name (`ATTACKS`) the `auc`
         (0.5 is blind guessing, 1 is certainty), its interval, and `found_at_1_percent`, the share of training
-        conversations that are found when one in a hundred others is taken for one (0.01 is blind guessing).
+        conversations that are found when one in a hundred others is taken for one (0.01 is blind guessing);
+        None with fewer than a hundred others, which cannot tell.
 
     Raises:
         DataError: If either side has fewer than ten conversations.
@@ -99,8 +100,10 @@ def auc(inside: ndarray, outside: ndarray) -> float:
     return float(above / (len(inside) * len(outside)))
 
 
-def _found(inside: ndarray, outside: ndarray) -> float:
+def _found(inside: ndarray, outside: ndarray) -> float | None:
     """Share of members above the threshold that at most one in a hundred others exceeds."""
+    if len(outside) < 1 / FALSE_ALARMS:
+        return None
     allowed = int(FALSE_ALARMS * len(outside))
     threshold = np.sort(outside)[::-1][allowed]
     return float((inside > threshold).mean())

@@ -1,5 +1,6 @@
 """`python -m prime_jax.export`: write a bundle for ONNX Runtime, PyTorch and JAX."""
 
+import math
 import os
 import sys
 from argparse import ArgumentParser, Namespace
@@ -15,7 +16,9 @@ PASSWORD = "PRIME_SIGN_PASSWORD"
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 for a user's mistake."""
     given = _parser().parse_args(argv)
+    given.out = given.out.resolve()  # "." has no name to write beside
     try:
+        _check(given)
         parity = _export(given)
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax export: {mistake}", file=sys.stderr)
@@ -45,6 +48,22 @@ def _parser() -> ArgumentParser:
     return parser
 
 
+def _check(given: Namespace) -> None:
+    """Refuse what contradicts itself, before anything is measured or written."""
+    if not math.isfinite(given.max_loss):
+        raise ExportError(f"--max-loss must be a number, not {given.max_loss}")
+    if given.torch is None and given.like is not None:
+        raise ExportError("--like goes with --torch; a run knows its own config")
+    if given.torch is not None and (given.data or given.store or given.precision != "fp32"):
+        raise ExportError("--data, --store and --precision go with --run; weights alone cannot be judged")
+    if given.triton is None:
+        return
+    if given.triton.is_file():
+        raise ExportError(f"{given.triton}: is a file; name a folder for the model repository")
+    if given.triton.resolve().is_relative_to(given.out.resolve()):
+        raise ExportError(f"{given.triton}: lies in the bundle; name another folder for the model repository")
+
+
 def _export(given: Namespace) -> dict[str, Any]:
     from prime_jax.export.bundle import Options, facts_of, write_bundle
     from prime_jax.export.evidence import gather_evidence
@@ -69,8 +88,6 @@ def _export(given: Namespace) -> dict[str, Any]:
     if predictor is None:
         parity = _from_torch(given, options)
     else:
-        if given.like is not None:
-            raise ExportError("--like goes with --torch; a run knows its own config")
         data = given.data or _data_of(predictor.config)
         parity = write_bundle(
             predictor.model,
@@ -88,7 +105,9 @@ def _export(given: Namespace) -> dict[str, Any]:
 def _data_of(config: Any) -> Path | None:
     """The data folder a run was trained on, where it is still there."""
     folder = None if config is None or config.data.path is None else Path(config.data.path)
-    return folder if folder is not None and (folder / "train.jsonl").is_file() else None
+    needed = ("corpus", "train", "dev")
+    there = folder is not None and all((folder / f"{name}.jsonl").is_file() for name in needed)
+    return folder if there else None
 
 
 def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:

@@ -164,7 +164,7 @@ def _lower(
     quantize(bundle / "model.onnx", path, precision)
     answers = onnxruntime_answers(golden, bundle, path.name)
     found = evidence.judge(bundle / "model.onnx", path)
-    if found["loss"] > options.max_loss and not options.allow_loss:
+    if not found["loss"] <= options.max_loss and not options.allow_loss:
         low, high = found["loss_interval"]
         raise ExportError(
             f"{precision} loses {found['loss']:.4f} of {METRIC} on the {found['split']} split (95% interval "
@@ -191,8 +191,10 @@ def facts_of(predictor: Predictor, source: Path) -> dict[str, Any]:
         facts |= {name: data[name] for name in INPUT_FACTS if name != "encoder"}  # info has its identity
     path = source / "report" / "report.json"
     if path.is_file():
-        facts["report"] = read_json(path, ExportError)
-        step = facts["report"].get("run", {}).get("step", facts.get("step"))
+        report = facts["report"] = read_json(path, ExportError)
+        if not isinstance(report, dict) or not isinstance(report.get("run"), dict):
+            raise ExportError(f"{path}: not a report of this library; evaluate again, or remove it")
+        step = report["run"].get("step", facts.get("step"))
         if step != facts.get("step"):
             raise ExportError(
                 f"{path}: describes step {step}, but the checkpoint is of step {facts.get('step')}; "
@@ -209,7 +211,8 @@ def _check_free(folder: Path) -> None:
         raise ExportError(f"{folder}: is a file; name a folder for the bundle")
     if any(folder.iterdir()):
         manifest = folder / MANIFEST
-        if not manifest.is_file() or read_json(manifest, ExportError).get("kind") != KIND:
+        found = read_json(manifest, ExportError) if manifest.is_file() else None
+        if not isinstance(found, dict) or found.get("kind") != KIND:
             raise ExportError(f"{folder}: holds something that is not a bundle; name another folder")
 
 

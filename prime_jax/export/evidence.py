@@ -10,7 +10,7 @@ from jaxtyping import Float32, Int64
 from numpy import ndarray
 
 from prime_jax.data.records import SPLITS
-from prime_jax.errors import ExportError
+from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.membership import Closeness, closeness, membership
 from prime_jax.evaluate.run import OpenedData, conversations, open_data, split_arrays
@@ -102,6 +102,9 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
         ConfigError, DataError: As `open_data`.
     """
     names = [name for name in SPLITS if (data / f"{name}.jsonl").is_file()]
+    for name in ("train", VALIDATION):
+        if name not in names:
+            raise DataError(f"{data / f'{name}.jsonl'}: the file is missing")
     opened = open_data(predictor, run, data, names, store=store)
     splits = split_arrays(opened.dataset, opened.embedded, opened.encoder, opened.source)
     passages = opened.embedded.corpus()

@@ -15,10 +15,10 @@ from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.export.optional import need
 from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, verify_manifest
+from prime_jax.models.bundle import read_tensors
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.state_dict import load_state_dict
 
-Weights = dict[str, np.ndarray[Any, np.dtype[Any]]]
 Config = PredictorConfig | Mapping[str, Any] | str | Path
 
 
@@ -46,6 +46,8 @@ def from_torch(source: str | Path | Mapping[str, Any], config: Config | None = N
         where = str(source)
         tensors, stored = _read(Path(source))
     chosen = _as_config(stored if config is None else config, where)
+    if stored is not None and config is not None:
+        _check_same(_as_config(stored, where), chosen, where)
     try:
         return load_state_dict(chosen, {name: _as_float32(tensor) for name, tensor in tensors.items()})
     except CheckpointError as unfit:
@@ -56,9 +58,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     """Tensors by name, and the config where the file has one."""
     if (path / MANIFEST).is_file():
         verify_manifest(path, "bundle")
-        return _read_safetensors(path / "model.safetensors"), read_json(path / "config.json").get("model")
+        return read_tensors(path / "model.safetensors"), read_json(path / "config.json").get("model")
     if path.suffix == ".safetensors":
-        return _read_safetensors(path), None
+        return read_tensors(path), None
     if path.suffix not in (".pt", ".pth"):
         raise CheckpointError(f"{path}: expected a .pt, .pth or .safetensors file, or a bundle folder")
     need("torch", "torch")
@@ -67,23 +69,13 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     try:
         saved = torch_runtime.read_pt(path)
         if "state_dict" not in saved:
+            if not all(isinstance(one, str) and hasattr(saved[one], "detach") for one in saved):
+                raise CheckpointError(f"{path}: holds other things than tensors by name")
             return saved, None
         model = torch_runtime.EmbeddingPredictor.load_checkpoint(path)
     except torch_runtime.PredictorError as refused:
         raise CheckpointError(str(refused)) from None
     return dict(model.state_dict()), saved["config"]
-
-
-def _read_safetensors(path: Path) -> Weights:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: the file is missing") from None
-    except SafetensorError as broken:
-        raise CheckpointError(f"{path}: damaged, not a safetensors file ({broken})") from None
 
 
 def _as_config(config: Config | None, where: str) -> PredictorConfig:
@@ -96,12 +88,26 @@ def _as_config(config: Config | None, where: str) -> PredictorConfig:
         fields = config
     else:
         where = str(config)
-        fields = read_json(Path(config)).get("model", {})
+        read = read_json(Path(config))
+        if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
+            raise PredictorError(f"{where}: has no section 'model'")
+        fields = read["model"]
     try:
         return PredictorConfig(**fields)
     except pydantic.ValidationError as invalid:
         first = invalid.errors()[0]
-        raise PredictorError(f"{where}: model.{first['loc'][0]}: {first['msg']}") from None
+        field = ".".join(["model", *map(str, first["loc"])])
+        raise PredictorError(f"{where}: {field}: {first['msg']}") from None
+
+
+def _check_same(own: PredictorConfig, given: PredictorConfig, where: str) -> None:
+    """Refuse a config that would compute something else with the same weights."""
+    for name in ("num_heads", "context_attention", "residual", "max_delta", "max_context_length"):
+        if getattr(own, name) != getattr(given, name):
+            raise PredictorError(
+                f"{where}: was saved with {name} {getattr(own, name)!r}, the config given says "
+                f"{getattr(given, name)!r}"
+            )
 
 
 def _as_float32(tensor: Any) -> np.ndarray[Any, np.dtype[Any]]:

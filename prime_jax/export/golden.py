@@ -1,6 +1,7 @@
 """Golden inputs, and how closely each runtime gives the answers that JAX gives on them."""
 
 import importlib.metadata
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -55,6 +56,7 @@ def compare(golden: Arrays, bundle: Path) -> dict[str, Any]:
     Raises:
         ExportError: If a runtime differs by more than the tolerance.
     """
+    runtimes: dict[str, Callable[[Arrays, Path], Any]]
     runtimes = {"onnxruntime": onnxruntime_answers, "torch": torch_answers}
     parity: dict[str, Any] = {"tolerance": TOLERANCE, "rows": len(golden["embedding"])}
     for name, run in runtimes.items():
@@ -104,19 +106,20 @@ def onnxruntime_answers(
     return np.asarray(session.run(["embedding"], feeds)[0])
 
 
-def torch_answers(golden: Arrays, bundle: Path) -> np.ndarray[Any, np.dtype[Any]]:
-    """What the bundle's own torch module predicts for the golden inputs."""
+def torch_answers(
+    golden: Arrays, bundle: Path, runtime: Path | None = None
+) -> np.ndarray[Any, np.dtype[Any]]:
+    """What the bundle's weights predict for the golden inputs in its own torch module, or in another one."""
     import torch
 
-    model = runtime_of(bundle).load_bundle(bundle)
+    model = module_of(runtime or bundle / "torch_runtime.py").load_bundle(bundle)
     inputs = [torch.from_numpy(golden[name]) for name in ("context", "query", "context_mask")]
     with torch.inference_mode():
         return np.asarray(model(*inputs).numpy())
 
 
-def runtime_of(bundle: Path) -> ModuleType:
-    """The bundle's own torch_runtime.py as a module, without leaving a compiled copy beside it."""
-    path = bundle / "torch_runtime.py"
+def module_of(path: Path) -> ModuleType:
+    """A torch_runtime.py as a module, without leaving a compiled copy beside it."""
     module = ModuleType("torch_runtime")
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
     return module

@@ -9,12 +9,13 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prime_jax.config import load_stored_config
 from prime_jax.errors import CheckpointError, ExportError, PredictorError
-from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest
 from prime_jax.models.bundle import KIND as BUNDLE
+from prime_jax.models.bundle import read_config
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.train import checkpoints
 
@@ -28,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         found = inspect(given.folder)
     except (PredictorError, OSError) as mistake:
-        print(f"prime-jax inspect: {mistake}", file=sys.stderr)
+        print(f"prime-jax inspect: {' '.join(str(mistake).split())}", file=sys.stderr)
         return 2
     if given.json:
         print(json.dumps(found, indent=2))
@@ -73,7 +74,7 @@ def _one(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     training: dict[str, Any] | None = None
     if manifest["kind"] == BUNDLE:
-        model = PredictorConfig(**read_json(folder / "config.json")["model"])
+        model = read_config(folder)
     elif manifest["kind"] == checkpoints.KIND:
         config = load_stored_config(folder / checkpoints.CONFIG)
         model, training = config.model, config.train.model_dump()
@@ -105,7 +106,7 @@ def _parameters(model: PredictorConfig) -> int:
 
 
 def _print(found: Mapping[str, Any]) -> None:
-    console, facts, model = Console(), found["facts"], found["model"]
+    console, facts, model = Console(markup=False), found["facts"], found["model"]
     if found["kind"] == "run":
         table = Table("step", "dev MRR@10", "size", "", title="checkpoints")
         for row in found["checkpoints"]:
@@ -114,7 +115,7 @@ def _print(found: Mapping[str, Any]) -> None:
             shown = "-" if score is None else f"{score:.4f}"
             table.add_row(f"{row['step']:,}", shown, _size(row["bytes"]), ", ".join(marks))
         console.print(table)
-    table = Table(show_header=False, title=found["folder"])
+    table = Table(show_header=False, title=Text(found["folder"]))
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("version", f"{facts['model_version']} (format {facts['format_version']})")
@@ -134,11 +135,12 @@ def _print(found: Mapping[str, Any]) -> None:
         )
     for name in ("step", "epoch", "encoder", "data_hash"):
         if name in facts:
-            table.add_row(name.replace("_", " "), f"{facts[name]}")
-    if metrics := facts.get("metrics"):
+            table.add_row(name.replace("_", " "), Text(f"{facts[name]}"))
+    if isinstance(metrics := facts.get("metrics"), dict):
         table.add_row("validation", ", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
-    if versions := facts.get("versions"):
-        table.add_row("made with", ", ".join(f"{name} {version}" for name, version in versions.items()))
+    if isinstance(versions := facts.get("versions"), dict):
+        words = ", ".join(f"{name} {version}" for name, version in versions.items())
+        table.add_row("made with", Text(words))
     table.add_row("manifest", f"SHA-256 {found['manifest_sha256']}")
     table.add_row(
         "signed", "yes; prime-jax verify --public-key KEY checks by whom" if found["signed"] else "no"
@@ -147,7 +149,7 @@ def _print(found: Mapping[str, Any]) -> None:
     table = Table("part", "files", "size", "SHA-256")
     for name, item in found["items"].items():
         digest = found["files"].get(name, {}).get("sha256", "")
-        table.add_row(name, str(item["files"]), _size(item["bytes"]), digest[:16])
+        table.add_row(Text(name), str(item["files"]), _size(item["bytes"]), digest[:16])
     console.print(table)
     console.print("These are the manifest's words; prime-jax verify checks every file.", style="dim")
 

@@ -189,7 +189,7 @@ def _leak(found: Mapping[str, Any] | None) -> str:
         [
             names[name],
             f"{one['auc']:.3f} [{one['auc_interval'][0]:.3f}, {one['auc_interval'][1]:.3f}]",
-            f"{one['found_at_1_percent']:.1%}",
+            "too few to say" if one["found_at_1_percent"] is None else f"{one['found_at_1_percent']:.1%}",
         ]
         for name, one in found["attacks"].items()
     ]
@@ -203,14 +203,15 @@ def _leak(found: Mapping[str, Any] | None) -> str:
         )
     else:
         meaning = (
-            "In this attack training conversations cannot be told from others"
-            + (
-                "."
-                if high >= 0.5
-                else "; they even come out less close, so the two sets differ in difficulty."
-            )
-            + " Stronger attacks may exist."
+            "This attack did not tell training conversations from others better than chance would; with so "
+            f"many conversations the area may still be as large as {high:.3f}."
         )
+        if found["attacks"]["prediction"]["auc_interval"][0] > 0.5:
+            meaning += (
+                " The attack without calibration does better than guessing: easier conversations may explain "
+                "that, but memory is not excluded."
+            )
+        meaning += " Stronger attacks may exist."
     return (
         f"An attacker who holds a conversation asks whether it was in the training set: {found['members']:,} "
         f"conversations that were, {found['others']:,} of the {found['held_out']} split that were not, told "

@@ -49,6 +49,8 @@ def verify_signature(folder: Path, public_key: Path) -> None:
     """
     verifying = need("model_signing", "sign").verifying
     signature = folder / SIGNATURE
+    if (compiled := folder / "__pycache__").exists():  # a signature says itself what it leaves out
+        raise CheckpointError(f"{compiled}: compiled code that nobody signed; delete it")
     if not signature.is_file():
         raise CheckpointError(f"{folder}: is not signed, there is no {SIGNATURE}")
     if not public_key.is_file():
@@ -65,5 +67,4 @@ def verify_signature(folder: Path, public_key: Path) -> None:
 
 def _hashing(folder: Path) -> Any:
     hashing = need("model_signing", "sign").hashing
-    ignored = [folder / SIGNATURE, folder / "__pycache__"]
-    return hashing.Config().set_ignored_paths(paths=ignored, ignore_git_paths=False)
+    return hashing.Config().set_ignored_paths(paths=[folder / SIGNATURE], ignore_git_paths=False)

@@ -86,7 +86,10 @@ class PredictorConfig:
         for name in names:
             if name not in values:
                 raise CheckpointError(f"{path}: model.{name} is missing")
-        return cls(**{name: values[name] for name in names})
+        try:
+            return cls(**{name: values[name] for name in names})
+        except (TypeError, ZeroDivisionError) as unfit:
+            raise CheckpointError(f"{path}: does not describe a model ({unfit})") from None
 
 
 class PredictorTransformerBlock(nn.Module):
@@ -228,11 +231,18 @@ class EmbeddingPredictor(nn.Module):
         """
         saved = read_pt(path)
         config, weights = saved.get("config"), saved.get("state_dict")
-        if not isinstance(config, dict) or not isinstance(weights, dict):
+        plain = isinstance(config, dict) and not any(isinstance(fact, Tensor) for fact in config.values())
+        named = isinstance(weights, dict) and all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in weights.items()
+        )
+        if config is None or weights is None or not plain or not named:
             raise CheckpointError(f"{path}: not written by save_checkpoint: it lacks config or state_dict")
         if saved.get("sha256") != _digest(config, weights):
             raise CheckpointError(f"{path}: damaged or changed, it differs from its SHA-256")
-        return _with_weights(PredictorConfig.from_dict(config, path), weights, path)
+        whole = {
+            name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
+        }
+        return _with_weights(PredictorConfig.from_dict(config, path), whole, path)
 
     def _base(self, context: Tensor, query: Tensor, context_mask: Tensor, turns: Tensor) -> Tensor:
         """What the prediction is added to: the query, or query plus a learned mix of the turns, `[B, D]`."""
@@ -380,10 +390,16 @@ def verify(folder: str | Path) -> dict[str, Any]:
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and name not in files and name not in ("manifest.json", "model.sig"):
+            raise CheckpointError(f"{path}: not listed in manifest.json; the bundle was changed")
     for name, facts in files.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise CheckpointError(f"{where}: the path {name!r} leaves the folder")
+        if not file.resolve().is_relative_to(folder.resolve()):
+            raise CheckpointError(f"{file}: a link that leaves the folder")
         if not file.is_file():
             raise CheckpointError(f"{file}: listed in manifest.json but missing")
         with file.open("rb") as stream:
@@ -457,7 +473,9 @@ def _read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
-    except ValueError as broken:
+    except OSError as unreadable:
+        raise CheckpointError(f"{path}: cannot be read ({unreadable.strerror})") from None
+    except (ValueError, RecursionError) as broken:
         raise CheckpointError(f"{path}: not valid JSON ({broken})") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import ExportError
-from prime_jax.export.quantize import file_of
+from prime_jax.export.quantize import PRECISIONS, file_of
 from prime_jax.files import atomic_folder, read_json, write_text
 from prime_jax.manifest import verify_manifest
 
@@ -32,15 +32,18 @@ def write_repository(bundle: Path, folder: Path) -> list[str]:
 
     Raises:
         CheckpointError: If the bundle is damaged.
-        ExportError: If `folder` is a file.
+        ExportError: If `folder` is a file, or holds models of these names that this command did not write.
     """
     manifest = verify_manifest(bundle, "bundle")
     config = read_json(bundle / "config.json")
     if folder.is_file():
         raise ExportError(f"{folder}: is a file; name a folder for the model repository")
-    names = []
-    for precision in manifest["onnx"]:
-        name = NAME if precision == "fp32" else f"{NAME}_{precision}"
+    name_of = {
+        one: NAME if one == "fp32" else f"{NAME}_{one}" for one in manifest["onnx"] if one in PRECISIONS
+    }
+    for name in name_of.values():
+        _check_ours(folder / name)
+    for precision, name in name_of.items():
         with atomic_folder(folder / name) as part:
             version = part / "1"
             version.mkdir()
@@ -49,8 +52,16 @@ def write_repository(bundle: Path, folder: Path) -> list[str]:
             if (bundle / f"{source}.data").is_file():  # the graph looks for it by this name
                 shutil.copyfile(bundle / f"{source}.data", version / f"{source}.data")
             write_text(part / "config.pbtxt", model_config(name, config))
-        names.append(name)
-    return names
+    return list(name_of.values())
+
+
+def _check_ours(target: Path) -> None:
+    """Refuse to replace what another hand made, such as a second version of the model."""
+    if not target.exists() and not target.is_symlink():
+        return
+    plain = target.is_dir() and not target.is_symlink()
+    if not plain or {entry.name for entry in target.iterdir()} - {"1", "config.pbtxt"}:
+        raise ExportError(f"{target}: holds something else than this command writes; name another repository")
 
 
 def model_config(name: str, config: Mapping[str, Any]) -> str:

@@ -2,7 +2,8 @@
 
 import sys
 from argparse import ArgumentParser
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ from prime_jax.errors import CheckpointError, ExportError, PredictorError
 from prime_jax.export.signing import verify_signature
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest, verify_manifest
 from prime_jax.models.bundle import KIND as BUNDLE
+from prime_jax.models.bundle import read_tensors
 from prime_jax.train.checkpoints import KIND as CHECKPOINT
 from prime_jax.train.checkpoints import list_checkpoints
 
+RUNTIME = Path(__file__).with_name("torch_runtime.py")
 ROOM = 1e-4  # that a processor which rounds in another order may take from float32
 ROOM_IN_COSINE = 1e-3  # the same for lower precisions, beside what was measured when they were written
 
@@ -22,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = ArgumentParser("prime-jax verify", description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, metavar="DIR", help="bundle, checkpoint, or run folder")
     parser.add_argument("--run-onnx", action="store_true", help="repeat the golden requests in ONNX Runtime")
-    parser.add_argument("--run-torch", action="store_true", help="repeat the golden requests in PyTorch")
+    parser.add_argument(
+        "--run-torch",
+        action="store_true",
+        help="repeat them in PyTorch; code of the bundle that is not ours runs only with --public-key",
+    )
     parser.add_argument("--public-key", type=Path, metavar="KEY", help="check the signature with this key")
     given = parser.parse_args(argv)
     try:
@@ -74,7 +81,9 @@ def verify(
     if onnx:
         yield from _onnx(folder, manifest)
     if torch:
-        yield _exact(folder, "torch", None)
+        if (folder / RUNTIME.name).read_bytes() != RUNTIME.read_bytes() and public_key is None:
+            yield f"{RUNTIME.name}: of another version, not run without --public-key; ours is instead"
+        yield _exact(folder, "torch", None, trusted=public_key is not None)
 
 
 def _signature(folder: Path, public_key: Path | None) -> Iterator[str]:
@@ -94,8 +103,14 @@ def _onnx(bundle: Path, manifest: dict[str, Any]) -> Iterator[str]:
             yield _exact(bundle, "onnxruntime", file)
             continue
         golden = _golden(bundle)
-        cosine = min_cosine(onnxruntime_answers(golden, bundle, file), golden["embedding"])
-        expected = read_json(bundle / "parity.json")["precisions"][precision]["golden_min_cosine"]
+        answers = _run(bundle / file, partial(onnxruntime_answers, golden, bundle, file))
+        cosine = min_cosine(answers, golden["embedding"])
+        try:
+            found = read_json(bundle / "parity.json")["precisions"][precision]
+            expected = float(found["golden_min_cosine"])
+        except (KeyError, TypeError, ValueError):
+            missing = f"{bundle / 'parity.json'}: does not say how close {precision} was"
+            raise CheckpointError(missing) from None
         if not cosine >= expected - ROOM_IN_COSINE:
             raise CheckpointError(
                 f"{bundle / file}: cosine {cosine:.6f} to the golden answers here, {expected:.6f} where it "
@@ -104,27 +119,41 @@ def _onnx(bundle: Path, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{file}: smallest cosine to the golden answers {cosine:.6f} ({expected:.6f} where written)"
 
 
-def _exact(bundle: Path, runtime: str, file: str | None) -> str:
+def _exact(bundle: Path, runtime: str, file: str | None, *, trusted: bool = False) -> str:
     from prime_jax.export.golden import onnxruntime_answers, torch_answers
 
-    golden = _golden(bundle)
-    try:
-        answers = onnxruntime_answers(golden, bundle, file) if file else torch_answers(golden, bundle)
-    except ModuleNotFoundError as missing:
-        raise ExportError(f"{runtime} is not installed ({missing})") from None
-    difference = float(abs(answers - golden["embedding"]).max())
-    name = file or "torch_runtime.py"
+    golden, name = _golden(bundle), file or "torch_runtime.py"
+    work = (
+        partial(onnxruntime_answers, golden, bundle, file)
+        if file
+        else partial(torch_answers, golden, bundle, None if trusted else RUNTIME)
+    )
+    difference = float(abs(_run(bundle / name, work) - golden["embedding"]).max())
     if not difference <= ROOM:
         raise CheckpointError(
             f"{bundle / name}: {runtime} differs from the golden answers by {difference:.1e} on this machine"
         )
-    return f"{name}: {len(answers)} golden requests in {runtime}, largest difference {difference:.1e}"
+    count = len(golden["embedding"])
+    return f"{name}: {count} golden requests in {runtime}, largest difference {difference:.1e}"
+
+
+def _run(path: Path, work: Callable[[], Any]) -> Any:
+    """What a runtime answers; a file that it cannot run does not hold what it should."""
+    try:
+        return work()
+    except ModuleNotFoundError as missing:
+        raise ExportError(f"{path}: {missing.name} is not installed") from None
+    except Exception as failed:  # every runtime has its own kinds
+        reason = (str(failed) or type(failed).__name__).splitlines()[0]
+        raise CheckpointError(f"{path}: cannot be run: {reason}") from None
 
 
 def _golden(bundle: Path) -> dict[str, Any]:
-    from safetensors.numpy import load_file
-
-    return load_file(bundle / "golden.safetensors")
+    golden = read_tensors(bundle / "golden.safetensors")
+    for name in ("context", "context_mask", "query", "embedding"):
+        if name not in golden:
+            raise CheckpointError(f"{bundle / 'golden.safetensors'}: tensor {name!r} is missing")
+    return golden
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 import pydantic
 from jaxtyping import Array
 
@@ -47,15 +48,46 @@ def load_bundle(folder: Path) -> LoadedBundle:
     Raises:
         CheckpointError: If a file is missing, damaged or does not fit; the message names it.
     """
+    manifest = verify_manifest(folder, KIND)
+    model = load_state_dict(read_config(folder), read_tensors(folder / "model.safetensors"))
+    head = None
+    if (folder / TARGET_HEAD).is_file():
+        tensors, size = read_tensors(folder / TARGET_HEAD), model.config.output_dim
+        if "kernel" not in tensors or tensors["kernel"].shape != (size, size):
+            raise CheckpointError(f"{folder / TARGET_HEAD}: holds no kernel of shape ({size}, {size})")
+        head = jnp.asarray(tensors["kernel"])
+    return LoadedBundle(model, manifest, head)
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """The model section of a bundle's config.json.
+
+    Raises:
+        CheckpointError: If the file is missing, or does not describe a model.
+    """
+    path = folder / "config.json"
+    try:
+        return ModelConfig(**read_json(path)["model"])
+    except pydantic.ValidationError as unfit:
+        raise CheckpointError(f"{path}: does not describe a model ({unfit.errors()[0]['msg']})") from None
+    except (KeyError, TypeError) as unfit:
+        raise CheckpointError(
+            f"{path}: does not describe a model ({type(unfit).__name__}: {unfit})"
+        ) from None
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    """The arrays of a safetensors file by name.
+
+    Raises:
+        CheckpointError: If it is missing or no safetensors file.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    manifest = verify_manifest(folder, KIND)
-    settings = read_json(folder / "config.json")
     try:
-        config = ModelConfig(**settings["model"])
-    except (KeyError, TypeError, pydantic.ValidationError) as unfit:
-        raise CheckpointError(f"{folder / 'config.json'}: does not describe a model: {unfit}") from None
-    model = load_state_dict(config, load_file(folder / "model.safetensors"))
-    file = folder / TARGET_HEAD
-    head = jnp.asarray(load_file(file)["kernel"]) if file.is_file() else None
-    return LoadedBundle(model, manifest, head)
+        return load_file(path)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: the file is missing") from None
+    except (SafetensorError, KeyError) as broken:  # KeyError: a type that numpy does not have
+        raise CheckpointError(f"{path}: damaged, not a safetensors file ({broken})") from None

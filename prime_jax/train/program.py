@@ -55,6 +55,7 @@ class TrainingProgram:
             remat=remat_of(settings),
             micro_batch=settings.micro_batch_size,
             ema=(settings.ema_start, settings.ema_end),
+            rotation=settings.rotation,
         )
         graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)

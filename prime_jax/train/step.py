@@ -19,6 +19,7 @@ from prime_jax.losses.corpus import Corpus
 from prime_jax.losses.objective import TARGET_HEAD, Objective
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
+from prime_jax.train.rotation import random_rotation
 from prime_jax.train.sharding import replicated, state_shardings
 from prime_jax.train.state import MODEL, Graph, TrainState
 from prime_jax.turns import one_turn, rejoined
@@ -26,6 +27,7 @@ from prime_jax.types import Batch
 
 Metrics = dict[str, Array]
 Inputs = tuple[Array, Array, Array]  # context, query, context_mask
+_ROTATION = 2**31 - 1  # tells its random numbers from those of dropout
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,14 @@ class StepPlan:
         remat: What the backward pass recomputes instead of keeping it (FR-PRED-010).
         micro_batch: Rows whose activations are held at a time; 0 for the whole batch.
         ema: First and last decay of the averaged target head.
+        rotation: Share of batches that are turned (see `prime_jax.train.rotation`); needs D = E.
     """
 
     total_steps: int = 1
     remat: Remat = "none"
     micro_batch: int = 0
     ema: tuple[float, float] = (0.996, 0.999)
+    rotation: float = 0.0
 
 
 def make_train_step(
@@ -67,17 +71,23 @@ def make_train_step(
         loss or the gradient was no finite number, or because a step before it had that fault.
     """
 
-    def predict(params: Any, inputs: Inputs, key: Array) -> Array:
+    def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None) -> Array:
         if mesh is not None:  # weights come together where they are used, gradients go back to their shares
             params = jax.lax.with_sharding_constraint(params, replicated(mesh))
         model = nnx.merge(graph, params)
-        predicted: Array = model(*inputs, dropout_key=key, remat=plan.remat)
-        return predicted
+        if turned is None:
+            return jnp.asarray(model(*inputs, dropout_key=key, remat=plan.remat))
+        context, query, mask = inputs
+        predicted = model(context @ turned, query @ turned, mask, dropout_key=key, remat=plan.remat)
+        return jnp.asarray(predicted @ turned.T)  # targets and passages stay as they are
 
     def loss_and_gradient(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         inputs = (batch.context, batch.query, batch.context_mask)
         own = {name: value for name, value in state.params.items() if name != MODEL}
+        turned = None
+        if plan.rotation:
+            turned = random_rotation(jax.random.fold_in(key, _ROTATION), inputs[1].shape[1], plan.rotation)
         turns = batch.query.shape[0] // plan.micro_batch if plan.micro_batch else 1
 
         def loss(predicted: Array, own: Any) -> tuple[Array, Metrics]:
@@ -95,7 +105,7 @@ def make_train_step(
 
             def whole(params: Any) -> tuple[Array, Metrics]:
                 own = {name: value for name, value in params.items() if name != MODEL}
-                return loss(predict(params[MODEL], inputs, key), own)
+                return loss(predict(params[MODEL], inputs, key, turned), own)
 
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient
@@ -103,7 +113,7 @@ def make_train_step(
         params = state.params[MODEL]
 
         def predict_turn(params: Any, turn: Array) -> Array:
-            return predict(params, one_turn(inputs, turn, turns), jax.random.fold_in(key, turn))
+            return predict(params, one_turn(inputs, turn, turns), jax.random.fold_in(key, turn), turned)
 
         predicted = jax.lax.map(lambda turn: predict_turn(params, turn), jnp.arange(turns))
         (_, metrics), (slope, own_gradient) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(

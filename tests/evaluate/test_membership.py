@@ -62,6 +62,11 @@ def test_without_a_comparable_query_the_plain_attack_remains() -> None:
     assert list(membership(*bare)["attacks"]) == ["prediction"]
 
 
+def test_one_false_alarm_in_a_hundred_needs_a_hundred() -> None:
+    found = membership(side(0), side(1, conversations=99))
+    assert found["attacks"]["prediction"]["found_at_1_percent"] is None
+
+
 def test_too_few_conversations_are_refused() -> None:
     with pytest.raises(DataError, match="9 and 300 conversations; at least ten are needed"):
         membership(side(0, conversations=9), side(1))

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import prime_jax
 from prime_jax.errors import CheckpointError, ExportError
 from prime_jax.export import bundle as module
-from prime_jax.export import golden, torch_runtime
+from prime_jax.export import golden, inspection, torch_runtime
 from prime_jax.export.bundle import facts_of, write_bundle
 from prime_jax.export.to_torch import state_dict
 from prime_jax.files import read_json, write_json
@@ -161,13 +161,54 @@ def test_a_changed_fact_in_the_manifest_is_caught(copied: Path) -> None:
         ({"kind": "checkpoint"}, "not the manifest of a bundle"),
         ({"format_version": 3}, r"format version 3, this code reads \(1, 2\)"),
         ({"files": {}}, "does not list config.json"),
-        ({"files": {"config.json": {}, "model.safetensors": {}, "../secret": {}}}, "config.json: damaged"),
+        ({"files": {"config.json": {}, "model.safetensors": {}}}, "not listed in manifest.json"),
     ],
 )
 def test_a_strange_manifest_is_refused(copied: Path, change: dict[str, object], message: str) -> None:
     reseal(copied, read_json(copied / "manifest.json") | change)
     with pytest.raises(torch_runtime.CheckpointError, match=message):
         torch_runtime.load_bundle(copied)
+
+
+def test_an_added_file_or_a_link_is_found_by_every_reader(copied: Path) -> None:
+    added = copied / "torch_runtime" / "__init__.py"  # would be imported instead of torch_runtime.py
+    added.parent.mkdir()
+    added.write_text("raise SystemExit")
+    for load, error in (
+        (torch_runtime.load_bundle, torch_runtime.CheckpointError),
+        (prime_jax.load, CheckpointError),
+    ):
+        with pytest.raises(error, match=r"__init__\.py: not listed"):
+            load(copied)
+    shutil.rmtree(added.parent)
+    (copied / "config.json").rename(copied.parent / "config.json")
+    (copied / "config.json").symlink_to(copied.parent / "config.json")
+    for load, error in (
+        (torch_runtime.load_bundle, torch_runtime.CheckpointError),
+        (prime_jax.load, CheckpointError),
+    ):
+        with pytest.raises(error, match=r"config\.json: a link that leaves the folder"):
+            load(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("config.json", "{}", "does not describe a model"),
+        ("config.json", "[]", "does not describe a model"),
+        ("config.json", '{"model": {"hidden_dim": "wide"}}', "does not describe a model"),
+        ("model.safetensors", "junk", "not a safetensors file"),
+    ],
+)
+def test_sealed_nonsense_is_named(copied: Path, name: str, content: str, message: str) -> None:
+    (copied / name).write_text(content)
+    write_manifest(copied, "bundle", onnx={"fp32": "model.onnx"})
+    with pytest.raises(CheckpointError, match=message):
+        prime_jax.load(copied)
+    with pytest.raises(torch_runtime.CheckpointError, match=name):
+        torch_runtime.load_bundle(copied)
+    if name == "config.json":
+        assert inspection.main([str(copied)]) == 2
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "a/../../secret", "..\\secret"])

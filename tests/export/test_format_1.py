@@ -51,6 +51,8 @@ def test_the_torch_runtime_of_today_opens_it(written: Path) -> None:
 def test_verifies_with_its_golden_answers(written: Path) -> None:
     lines = list(verify(written / "bundle", onnx=True, torch=True))
     assert lines[1].startswith("model.onnx: 4 golden requests in onnxruntime")
+    assert "of another version, not run without --public-key" in lines[2]
+    assert lines[3].startswith("torch_runtime.py: 4 golden requests in torch")
     assert len(list(verify(written / "run"))) == 1
 
 

@@ -74,6 +74,24 @@ def test_a_bundle(bundle: Path) -> None:
     same(from_torch(bundle), in_torch(make(**FIELDS)))
 
 
+def test_a_config_that_would_compute_something_else_is_refused(
+    tuned: EmbeddingPredictor, tmp_path: Path
+) -> None:
+    """The weights of two heads and of four have the same shapes."""
+    tuned.save_checkpoint(tmp_path / "tuned.pt")
+    same(from_torch(tmp_path / "tuned.pt", make(**FIELDS).config), tuned)
+    other = make(**{**FIELDS, "context_attention": "full"}).config
+    with pytest.raises(PredictorError, match=r"was saved with context_attention 'causal', .* says 'full'"):
+        from_torch(tmp_path / "tuned.pt", other)
+
+
+def test_a_checkpoint_in_half_precision(tuned: EmbeddingPredictor, tmp_path: Path) -> None:
+    half = EmbeddingPredictor(tuned.config).bfloat16()
+    half.load_state_dict(tuned.state_dict())
+    half.save_checkpoint(tmp_path / "half.pt")
+    same(from_torch(tmp_path / "half.pt"), half.float().eval())
+
+
 def test_half_precision_becomes_float32(tuned: EmbeddingPredictor) -> None:
     rounded = {name: tensor.bfloat16() for name, tensor in tuned.state_dict().items()}
     module = in_torch(make(**FIELDS))
@@ -135,3 +153,11 @@ def test_files_that_are_no_weights_are_refused(bundle: Path, tmp_path: Path) -> 
         from_torch(tmp_path / "model.bin")
     with pytest.raises(PredictorError, match=r"state_dict: model\.num_heads: "):
         from_torch({}, {"hidden_dim": 128, "num_heads": 0})
+    with pytest.raises(PredictorError, match=r"state_dict: model: .*not divisible"):
+        from_torch({}, {"hidden_dim": 129, "num_heads": 2})
+    (tmp_path / "empty.json").write_text("{}")
+    with pytest.raises(PredictorError, match=r"empty\.json: has no section 'model'"):
+        from_torch(bundle / "model.safetensors", tmp_path / "empty.json")
+    torch.save({"w": "text"}, tmp_path / "text.pt")
+    with pytest.raises(CheckpointError, match=r"text\.pt: holds other things than tensors"):
+        from_torch(tmp_path / "text.pt", bundle / "config.json")

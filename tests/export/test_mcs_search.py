@@ -90,6 +90,19 @@ def test_a_store_on_disk_may_be_written_again(small: Setup, tmp_path: Path) -> N
     assert again.stdout == first.stdout
 
 
+def test_other_memories_are_left_alone(small: Setup, tmp_path: Path) -> None:
+    words = ["--questions", "5", "--path", str(tmp_path / "memory")]
+    assert consume("mcs_search.py", *map(str, small), *words).returncode == 0
+    data = Path(shutil.copytree(small.data, tmp_path / "data"))
+    lines = (data / "corpus.jsonl").read_text().splitlines(keepends=True)
+    first, other = json.loads(lines[0]), json.loads(lines[1])
+    lines[0] = json.dumps(first | {"text": other["text"]}) + "\n"
+    (data / "corpus.jsonl").write_text("".join(lines))
+    done = consume("mcs_search.py", str(small.bundle), str(data), *words)
+    assert done.returncode == 2
+    assert "the collection 'memories' holds other memories" in done.stderr
+
+
 @pytest.mark.skipif("QDRANT_URL" not in os.environ, reason="QDRANT_URL names no server")
 def test_a_real_server(setup: Setup) -> None:
     words = ["--questions", "20", "--url", os.environ["QDRANT_URL"], "--collection", uuid.uuid4().hex]
@@ -113,8 +126,13 @@ def test_scopes_keep_memories_apart(small: Setup, tmp_path: Path) -> None:
 
 def test_what_is_missing_or_damaged_is_named(small: Setup, tmp_path: Path) -> None:
     done = consume("mcs_search.py", *map(str, small), "--store", str(tmp_path))
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "no embeddings of bag-of-words; run: prime-jax encode" in done.stderr
+    done = consume("mcs_search.py", *map(str, small), "--split", "nope")
+    assert (done.returncode, "nope.jsonl" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+    assert consume("mcs_search.py", *map(str, small), "--questions", "0").returncode == 2
+    done = consume("mcs_search.py", *map(str, small), "--url", "http://127.0.0.1:9")
+    assert (done.returncode, "Traceback" in done.stderr) == (2, False)
     done = consume("mcs_search.py", *map(str, small), "--precision", "int8")
     assert "has no int8 file; export it with --precision int8" in done.stderr
     bundle = Path(shutil.copytree(small.bundle, tmp_path / "bundle"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from prime_jax.export import inspection, verification
 from prime_jax.export.__main__ import main
 from prime_jax.export.signing import sign, verify_signature
 from prime_jax.files import read_json
+from prime_jax.manifest import write_manifest
 from prime_jax.train import loop
 
 SETTINGS = [
@@ -124,6 +126,7 @@ def test_the_card_states_version_intervals_losses_leak_and_licence(exported: Pat
     assert f"| `model.int8.onnx` | {loss['cosine_mean']:.5f} / {loss['cosine_min']:.5f} |" in card
     assert "conversations that were, 12 of the test split that were not" in card
     assert "| closeness of the plain query (knows no training) | 0." in card
+    assert "| too few to say |" in card  # a share at one in a hundred, of twelve
     report = read_json(exported.parent / "run" / "report" / "report.json")
     low, high = report["intervals"]["predicted"]["MRR@10"]
     assert f"{report['methods']['predicted']['MRR@10']:.4f} [{low:.3f}, {high:.3f}]" in card
@@ -215,6 +218,36 @@ def test_verify_notices_a_machine_that_computes_otherwise(
     assert "model.onnx: onnxruntime differs from the golden answers by 1.0e-02" in capsys.readouterr().err
 
 
+def test_verify_does_not_run_code_of_a_stranger(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Sealed anew after its code was changed; our own module stands in for it."""
+    ran = copied.parent / "ran"
+    runtime = copied / "torch_runtime.py"
+    runtime.write_text(f"open({str(ran)!r}, 'w')\n{runtime.read_text()}")
+    facts = {"onnx": read_json(copied / "manifest.json")["onnx"]}
+    write_manifest(copied, "bundle", **facts)
+    assert verification.main([str(copied), "--run-torch"]) == 0
+    assert "of another version, not run without --public-key" in capsys.readouterr().out
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "message"),
+    [
+        ("golden.safetensors", ["--run-onnx"], "not a safetensors file"),
+        ("model.onnx", ["--run-onnx"], r"model\.onnx: cannot be run"),
+        ("parity.json", ["--run-onnx"], "does not say how close fp16 was"),
+        ("config.json", ["--run-torch"], "cannot be run"),
+    ],
+)
+def test_verify_names_sealed_nonsense(
+    copied: Path, capsys: pytest.CaptureFixture[str], name: str, words: list[str], message: str
+) -> None:
+    (copied / name).write_text("{}")
+    write_manifest(copied, "bundle", onnx=read_json(copied / "manifest.json")["onnx"])
+    assert verification.main([str(copied), *words]) == 1
+    assert re.search(message, capsys.readouterr().err)
+
+
 def test_a_signature_holds_for_its_owner_and_content_only(copied: Path, keys: Path) -> None:
     verify_signature(copied, keys / "a.pub")
     with pytest.raises(CheckpointError, match=r"model\.sig: the signature does not hold"):
@@ -225,6 +258,10 @@ def test_a_signature_holds_for_its_owner_and_content_only(copied: Path, keys: Pa
         with pytest.raises(CheckpointError, match="does not hold"):
             verify_signature(copied, keys / "a.pub")
         (copied / name).write_bytes(whole)
+    (copied / "__pycache__").mkdir()
+    with pytest.raises(CheckpointError, match="compiled code that nobody signed"):
+        verify_signature(copied, keys / "a.pub")
+    (copied / "__pycache__").rmdir()
     (copied / "stranger.py").write_text("")
     with pytest.raises(CheckpointError, match="does not hold"):
         verify_signature(copied, keys / "a.pub")

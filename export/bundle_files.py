@@ -1,0 +1,102 @@
+"""Opening a bundle with the standard library: every file checked first, nothing of it run before that.
+
+The scripts beside this file share it; copy it into your own service as it is.
+"""
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+FORMATS = (1, 2)
+NEEDED = ("config.json", "golden.safetensors", "model.onnx", "model.safetensors", "torch_runtime.py")
+UNLISTED = ("manifest.json", "model.sig")
+
+
+class BundleError(Exception):
+    """A bundle is missing, damaged, changed, or lacks what is asked for; the message names the file."""
+
+
+def verify(bundle: Path) -> dict[str, Any]:
+    """Check every file of a bundle against its manifest, and return that.
+
+    Raises:
+        BundleError: If the manifest or any file is missing, damaged or changed, lies elsewhere, or a file was
+            added.
+    """
+    where = bundle / "manifest.json"
+    try:
+        text = where.read_text("utf-8")
+        manifest = json.loads(text)
+        files, rest = manifest["files"], {key: fact for key, fact in manifest.items() if key != "sha256"}
+        digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+        written = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+        sealed = manifest["sha256"] == digest and text == written
+        known = manifest["kind"] == "bundle" and manifest["format_version"] in FORMATS
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
+        raise BundleError(f"{where}: not the manifest of a bundle ({broken})") from None
+    if not sealed:
+        raise BundleError(f"{where}: damaged or changed, it differs from its own SHA-256")
+    if not known or not set(NEEDED) <= set(files):
+        raise BundleError(f"{where}: not the manifest of a whole bundle of format 1 or 2")
+    manifest.setdefault("onnx", {"fp32": "model.onnx"})  # in format 1
+    for name in manifest["onnx"].values():
+        if name not in files:
+            raise BundleError(f"{where}: names {name!r} but does not list it")
+    for path in bundle.rglob("*"):
+        name = path.relative_to(bundle).as_posix()
+        if path.is_file() and name not in files and name not in UNLISTED:
+            raise BundleError(f"{path}: not listed in manifest.json; the bundle was changed")
+    for name, facts in files.items():
+        file = bundle / name
+        if not file.resolve().is_relative_to(bundle.resolve()):
+            raise BundleError(f"{where}: the path {name!r} leaves the folder")
+        if not file.is_file() or _sha256(file) != facts["sha256"]:
+            raise BundleError(f"{file}: missing or damaged")
+    return dict(manifest)
+
+
+def onnx_file(bundle: Path, manifest: dict[str, Any], precision: str) -> Path:
+    """The bundle's ONNX file of a precision.
+
+    Raises:
+        BundleError: If it has none.
+    """
+    if precision not in manifest["onnx"]:
+        raise BundleError(f"{bundle}: has no {precision} file; export it with --precision {precision}")
+    return bundle / str(manifest["onnx"][precision])
+
+
+def torch_runtime(bundle: Path) -> ModuleType:
+    """The bundle's own PyTorch module, from the very bytes that were checked."""
+    manifest, path = verify(bundle), bundle / "torch_runtime.py"
+    source = path.read_bytes()
+    if hashlib.sha256(source).hexdigest() != manifest["files"][path.name]["sha256"]:
+        raise BundleError(f"{path}: missing or damaged")
+    sys.modules["torch_runtime"] = module = ModuleType("torch_runtime")
+    exec(compile(source, str(path), "exec"), module.__dict__)
+    return module
+
+
+def read_safetensors(path: Path) -> dict[str, Any]:
+    """The arrays of a safetensors file; the package `safetensors` does the same."""
+    import numpy as np
+
+    types = {"F32": np.float32, "BOOL": np.bool_, "U8": np.uint8}
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    arrays = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            first, last = entry["data_offsets"]
+            part = data[start + first : start + last]
+            arrays[name] = np.frombuffer(part, types[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
