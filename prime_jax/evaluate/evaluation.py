@@ -20,6 +20,7 @@ from prime_jax.evaluate.baselines import (
     tune,
 )
 from prime_jax.evaluate.chance import chance
+from prime_jax.evaluate.gauges import Novelty, gauges, novelty, unseen
 from prime_jax.evaluate.linear import ridge, ridge_context
 from prime_jax.evaluate.significance import Comparison, compare, interval
 from prime_jax.progress import progress
@@ -72,6 +73,8 @@ class Evaluation:
         chance: Metrics of a random ranking.
         groups: How many independent groups the queries form.
         seed: Seed of the bootstrap and the permutation test.
+        novelty: Queries with unseen and with seen right answers apart; None where all are of one kind.
+        gauges: Hubness of rankings and effective rank of vectors (`prime_jax.evaluate.gauges.gauges`).
     """
 
     split: str
@@ -82,6 +85,8 @@ class Evaluation:
     chance: Mapping[str, float]
     groups: int
     seed: int
+    novelty: Novelty | None
+    gauges: Mapping[str, Mapping[str, float]]
 
     @property
     def best_baseline(self) -> str:
@@ -163,6 +168,7 @@ def evaluate_methods(
         for name, theirs in methods.items()
         if name != PREDICTED
     }
+    shown = dict.fromkeys([PREDICTED, "query"])
     return Evaluation(
         split=split,
         test=test,
@@ -172,6 +178,20 @@ def evaluate_methods(
         chance=chance(test, corpus),
         groups=len(test.query) if groups is None else len(np.unique(groups)),
         seed=seed,
+        novelty=novelty(
+            {name: method.metrics for name, method in methods.items()},
+            unseen(test.positives, train.positives),
+            PREDICTED,
+            seed=seed,
+            groups=groups,
+        ),
+        gauges=gauges(
+            {name: methods[name].indices for name in shown},
+            predicted,
+            test.query,
+            searched.embeddings[[int(right[0]) for right in test.positives]],
+            len(corpus.embeddings),
+        ),
     )
 
 

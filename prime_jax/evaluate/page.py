@@ -8,8 +8,11 @@ from prime_jax.evaluate.evaluation import PREDICTED
 from prime_jax.evaluate.words import (
     Example,
     facts_of,
+    gauge_words,
     measured,
     method_table,
+    novelty_table,
+    novelty_words,
     settings_table,
     shorten,
     significance_table,
@@ -86,6 +89,9 @@ def page(
         f'<div class="figures">{figures}</div>' if figures else f'<p class="note">{escape(note)}</p>',
         "<h2>Is the difference real?</h2>",
         _table(*significance_table(values), group=True),
+        *_novelty(values),
+        "<h2>Hubs and collapse</h2>",
+        f'<p class="note">{escape(gauge_words(values))}</p>',
         "<h2>Baselines as tuned on dev</h2>",
         _table(*settings_table(values), group=False),
         *_section("Where the prediction wins over the plain query", wins),
@@ -115,6 +121,14 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, group: bool, w
     kind = ' class="words"' if words else ""
     table = f"<table{kind}><thead><tr>{top}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
     return f'<div class="scroll">{table}</div>'
+
+
+def _novelty(values: Mapping[str, Any]) -> list[str]:
+    apart = novelty_table(values)
+    if apart is None:
+        return []
+    note = f'<p class="note">{escape(novelty_words(values))}</p>'
+    return ["<h2>Unseen and seen answers</h2>", _table(*apart, group=False), note]
 
 
 def _section(title: str, examples: Sequence[Example]) -> list[str]:

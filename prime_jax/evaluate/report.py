@@ -66,11 +66,28 @@ def report_values(evaluation: Evaluation, facts: Mapping[str, Any]) -> dict[str,
             if name != PREDICTED
         },
         "best_baseline": evaluation.best_baseline,
+        "novelty": _novelty(evaluation),
+        "gauges": {name: dict(gauge) for name, gauge in evaluation.gauges.items()},
         "chance": dict(evaluation.chance),
         "found_within": {name: np.round(found_within(evaluation, name), 6).tolist() for name in methods},
         "groups": evaluation.groups,
         "seed": evaluation.seed,
         **facts,
+    }
+
+
+def _novelty(evaluation: Evaluation) -> dict[str, Any] | None:
+    found = evaluation.novelty
+    if found is None:
+        return None
+    return {
+        "unseen": int(found.unseen.sum()),
+        "seen": int((~found.unseen).sum()),
+        "methods": {name: {kind: dict(row) for kind, row in by.items()} for name, by in found.means.items()},
+        "significance": {
+            name: {metric: comparison._asdict() for metric, comparison in by_metric.items()}
+            for name, by_metric in found.significance.items()
+        },
     }
 
 

@@ -109,6 +109,45 @@ def significance_table(values: Mapping[str, Any]) -> tuple[list[str], list[list[
     return head, rows
 
 
+def novelty_table(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]] | None:
+    """Head and rows of unseen and seen queries apart; None where all are of one kind."""
+    found = values.get("novelty")
+    if not found:
+        return None
+    metrics = list(found["methods"][PREDICTED]["unseen"])
+    head = ["method", *(f"{kind} {metric}" for kind in ("unseen", "seen") for metric in metrics)]
+    rows = []
+    for name, by_kind in found["methods"].items():
+        rows.append([name, *(f"{by_kind[kind][m]:.3f}" for kind in ("unseen", "seen") for m in metrics)])
+    return head, rows
+
+
+def novelty_words(values: Mapping[str, Any]) -> str:
+    """One paragraph on what unseen means, and whether the prediction helps there."""
+    found = values["novelty"]
+    text = (
+        f"Unseen are the {found['unseen']:,} questions none of whose right answers is one in train; the "
+        f"other {found['seen']:,} measure memory as well. What carries over is the unseen part."
+    )
+    if against := found["significance"].get("query", {}).get("MRR@10"):
+        text += (
+            f" There the prediction differs from the plain query by {against['difference']:+.3f} MRR@10 "
+            f"(95% interval {against['low']:+.3f} to {against['high']:+.3f}, {p_words(against['p'])})."
+        )
+    return text
+
+
+def gauge_words(values: Mapping[str, Any]) -> str:
+    """One paragraph on hubs and collapse."""
+    hubs, rank = values["gauges"]["hubness"], values["gauges"]["effective_rank"]
+    spread = ", ".join(f"{name} {rank[name]:.0f}" for name in (PREDICTED, "query", "right answers"))
+    return (
+        "Hubness (skewness of how often a passage is among the first ten; large means that a few are "
+        f"returned to everybody): predicted {hubs[PREDICTED]:.1f}, query {hubs['query']:.1f}. Effective rank "
+        f"(in how many directions vectors spread): {spread}."
+    )
+
+
 def settings_table(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of what tuning on dev chose for each baseline."""
     rows = []
@@ -151,6 +190,9 @@ def markdown(values: Mapping[str, Any], examples: Sequence[Example], note: str) 
     """The report as Markdown."""
     parts = ["# Evaluation", values["headline"], _table(*method_table(values)), note, measured(values)]
     parts += ["## Significance", _table(*significance_table(values))]
+    if apart := novelty_table(values):
+        parts += ["## Unseen and seen answers", _table(*apart), novelty_words(values)]
+    parts += ["## Hubs and collapse", gauge_words(values)]
     parts += ["## Baselines as tuned", _table(*settings_table(values))]
     for title, won in (("## Wins over the plain query", True), ("## Losses to the plain query", False)):
         chosen = [example for example in examples if example.won == won]

@@ -1,8 +1,8 @@
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from prime_jax.data.records import Dataset, Example, Passage, load_dataset, writ
 from prime_jax.data.store import text_key
 from prime_jax.evaluate import run as run_module
 from prime_jax.evaluate.__main__ import main
+from prime_jax.predict.predictor import Predictor
 
 DIM = 16
 DOCUMENTS = {"train": range(0, 8), "dev": range(8, 12), "test": range(12, 17)}
@@ -30,10 +31,14 @@ class WordEncoder:
         return np.random.default_rng(list(text_key(word))).normal(size=DIM)
 
 
-class FakeRun(NamedTuple):
+CONFIG = Config(data=DataConfig(encoder="words", query_prefix="q: "))
+
+
+@dataclass
+class FakeRun(Predictor):
     """A predictor that answers with query + last turn, which a reader can compute."""
 
-    config: Config | None = Config(data=DataConfig(encoder="words", query_prefix="q: "))
+    config: Config | None = CONFIG
     encoder: str = "words@1"
     data_hash: str = ""
     target_head: None = None
