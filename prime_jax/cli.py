@@ -17,6 +17,7 @@ _COMMANDS = {
     ),
     "encode": ("prime_jax.data.encode", "encode the texts of a data folder into its embedding store"),
     "train": ("prime_jax.train.__main__", "train a predictor from a YAML config"),
+    "sweep": ("prime_jax.train.sweep", "try settings, several seeds each, and keep the best"),
     "evaluate": ("prime_jax.evaluate.__main__", "compare searching with the prediction against baselines"),
     "serve": ("prime_jax.serve.__main__", "answer predictions over HTTP"),
     "export": ("prime_jax.export.__main__", "write a bundle for ONNX Runtime and PyTorch"),

@@ -80,6 +80,9 @@ class TrainingConfig(Frozen):
     )
     seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
     eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")
+    select_by: Literal["MRR@10", "unseen MRR@10"] = Field(
+        default="MRR@10", description="dev figure of the best checkpoint; unseen: answers not in train"
+    )
     save_every_steps: int = Field(default=0, ge=0, description="steps between more checkpoints; 0: none")
     params_dtype: Literal["bfloat16", "float32"] = Field(
         default="bfloat16", description="dtype of the saved inference parameters"

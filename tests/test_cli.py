@@ -13,6 +13,7 @@ MODULES = {
     "pydocs": "prime_jax.data.pydocs",
     "encode": "prime_jax.data.encode",
     "train": "prime_jax.train.__main__",
+    "sweep": "prime_jax.train.sweep",
     "evaluate": "prime_jax.evaluate.__main__",
     "serve": "prime_jax.serve.__main__",
     "export": "prime_jax.export.__main__",
@@ -66,8 +67,8 @@ def test_data_commands_have_a_two_word_form(command: str, monkeypatch: pytest.Mo
         (["evalute", "--run", "x"], "prime-jax: unknown command 'evalute'; did you mean 'evaluate'?"),
         (
             ["xyz"],
-            "prime-jax: unknown command 'xyz'; choose from pydocs, encode, train, evaluate, serve, export, "
-            "inspect, verify",
+            "prime-jax: unknown command 'xyz'; choose from pydocs, encode, train, sweep, evaluate, serve, "
+            "export, inspect, verify",
         ),
         (["data", "encod"], "prime-jax: unknown command 'encod'; did you mean 'encode'?"),
         (["data", "train"], "prime-jax: unknown command 'train'; choose from pydocs, encode"),

@@ -20,11 +20,12 @@ from prime_jax.evaluate.baselines import (
     tune,
 )
 from prime_jax.evaluate.chance import chance
-from prime_jax.evaluate.gauges import Novelty, gauges, novelty, unseen
+from prime_jax.evaluate.gauges import Novelty, gauges, novelty
 from prime_jax.evaluate.linear import ridge, ridge_context
 from prime_jax.evaluate.significance import Comparison, compare, interval
 from prime_jax.progress import progress
 from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.novelty import unseen
 
 COMPARED = ("P@5", "R@10", "MRR@10", "nDCG@10")
 """The metrics with intervals and significance."""

@@ -1,6 +1,6 @@
 """What a mean over all queries hides: answers that were trained on, hubs, predictions that collapse."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -30,12 +30,6 @@ class Novelty(NamedTuple):
     significance: Mapping[str, Mapping[str, Comparison]]
 
 
-def unseen(positives: Sequence[ndarray], trained: Sequence[ndarray]) -> Bool[ndarray, " Q"]:
-    """Queries none of whose right answers is one of a training example."""
-    known = np.unique(np.concatenate([*trained, np.empty(0, np.int64)]))
-    return np.array([not np.isin(right, known).any() for right in positives], bool)
-
-
 def novelty(
     metrics: Mapping[str, Mapping[str, ndarray]],
     fresh: Bool[ndarray, " Q"],
@@ -48,7 +42,7 @@ def novelty(
 
     Args:
         metrics: Every metric for every query, `[Q]` each, by method.
-        fresh: What `unseen` found.
+        fresh: What `prime_jax.retrieval.novelty.unseen` found.
         ours: Name of the method that is compared with the others.
         seed: Of bootstrap and permutation test.
         groups: Which queries depend on each other (see `significance`).

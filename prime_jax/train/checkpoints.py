@@ -1,6 +1,6 @@
 """Checkpoints: Orbax writes and reads the arrays, a manifest with SHA-256 sums vouches for every file.
 
-A run keeps two: the newest, to resume from, and the one with the best validation MRR@10, to predict with.
+A run keeps two: the newest, to resume from, and the one with the best validation figure, to predict with.
 A step folder without a manifest was cut off while being written; it is ignored and overwritten.
 
 With several processes all of them write arrays, each its own shards; the first one does everything else.
@@ -57,8 +57,13 @@ class Checkpoint:
 
     @property
     def score(self) -> float:
-        """The validation figure that the best checkpoint is chosen by."""
-        return float(self.facts["metrics"].get(SELECT_BY, float("-inf")))
+        """The validation figure that the best checkpoint is chosen by (`train.select_by`).
+
+        Where dev has no unseen answers, or nothing else, that is the MRR@10 of all.
+        """
+        metrics = self.facts["metrics"]
+        plain = metrics.get(SELECT_BY, float("-inf"))
+        return float(metrics.get(self.facts.get("select_by", SELECT_BY), plain))
 
 
 def checkpoints_folder(run: Path) -> Path:
@@ -79,7 +84,7 @@ def latest(run: Path) -> Checkpoint | None:
 
 
 def best(run: Path) -> Checkpoint:
-    """The checkpoint with the highest validation MRR@10, the later one at a tie.
+    """The checkpoint with the highest validation figure (`Checkpoint.score`), the later one at a tie.
 
     Raises:
         CheckpointError: If the run has none.

@@ -263,6 +263,7 @@ class _Run:
 
     def _save(self, step: int, scores: Mapping[str, float]) -> None:
         facts = {"epoch": self._epoch(step), "metrics": scores, **self.facts}
+        facts["select_by"] = self.config.train.select_by
         self.saver.save(self.state, self.config, facts, self.mined)
         if is_main():
             self.history.write_csv()

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Float32
 from prime_jax.data.embedded import EmbeddedDataset, gather
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import search
 from prime_jax.train.collective import is_main
 from prime_jax.train.sharding import by_rows, replicated, spread_out
@@ -16,6 +17,7 @@ from prime_jax.train.state import MODEL, Graph, TrainState
 
 DEPTH = 10
 ROWS = 256
+UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train, where dev has both kinds
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
 
@@ -60,6 +62,8 @@ class Validator:
         self._predictor = SplitPredictor(graph, data, split, mesh)
         self._data, self._split, self._mesh = data, data.splits[split], mesh
         self._corpus = data.corpus()
+        fresh = unseen(self._split.positives, data.splits["train"].positives)
+        self._fresh = fresh if 0 < fresh.sum() < len(fresh) else None
         self.plain_query = self._score(data.store[self._split.query_rows], self._corpus)
         self.target_rank = effective_rank(self._corpus[[ids[0] for ids in self._split.positives]])
 
@@ -85,7 +89,11 @@ class Validator:
             query_scope=self._split.scope,
             corpus_scope=self._data.corpus_scope,
         )
-        return {name: float(np.mean(v)) for name, v in ranking_metrics(found, self._split.positives).items()}
+        metrics = ranking_metrics(found, self._split.positives)
+        scores = {name: float(np.mean(values)) for name, values in metrics.items()}
+        if self._fresh is not None:
+            scores |= {f"unseen {name}": float(np.mean(metrics[name][self._fresh])) for name in UNSEEN}
+        return scores
 
 
 def effective_rank(vectors: Vectors) -> float:

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 
 from prime_jax.evaluate.evaluation import Evaluation
-from prime_jax.evaluate.gauges import APART, FEWEST, gauges, hubness, novelty, unseen
+from prime_jax.evaluate.gauges import APART, FEWEST, gauges, hubness, novelty
 from prime_jax.evaluate.report import report_values
 from prime_jax.evaluate.significance import compare
 from prime_jax.evaluate.words import gauge_words, novelty_table, novelty_words
+from prime_jax.retrieval.novelty import unseen
 
 
 def rows(*lists: list[int]) -> list[np.ndarray]:
