@@ -216,6 +216,43 @@ def test_topiocqa(tmp_path: Path) -> None:
     assert "- left out, has no answer: 80" in (tmp_path / "out" / "SOURCE.md").read_text()
 
 
+def beir(folder: Path, *judged: str) -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    passages = [
+        {"_id": f"doc {n}", "title": f"Title {n}", "text": f"Text {n}.", "metadata": {}} for n in range(300)
+    ]
+    as_lines(folder / "corpus.jsonl", [*passages, {"_id": "doc x", "title": "", "text": "No title."}])
+    as_lines(folder / "queries.jsonl.gz", [{"_id": f"q{n}", "text": f"question {n}"} for n in range(300)])
+    for part, name in enumerate(judged):
+        rows = [f"q{n}\tdoc {n}\t1\nq{n}\tdoc {(n + 1) % 300}\t0\n" for n in range(part, 300, len(judged))]
+        (folder / "qrels" / f"{name}.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(rows))
+    return folder
+
+
+@pytest.mark.parametrize("judged", [("train", "dev", "test"), ("train", "test"), ("test",)])
+def test_beir(tmp_path: Path, judged: tuple[str, ...]) -> None:
+    corpus, splits = made("prepare_beir", beir(tmp_path / "set", *judged), tmp_path / "out")
+    assert (corpus["doc_7"], corpus["doc_x"]) == ("Title 7: Text 7.", "No title.")
+    assert sorted(splits) == ["dev", "test", "train"]
+    assert sum(map(len, splits.values())) == 300
+    for name, example in {**splits["train"], **splits["dev"], **splits["test"]}.items():
+        assert example.positives == (f"doc_{name[1:]}",)
+    if judged == ("test",):
+        assert [round(len(splits[name]) / 300, 1) for name in ("train", "dev", "test")] == [0.6, 0.1, 0.3]
+    elif len(judged) == 2:
+        assert len(splits["test"]) == 150
+        assert 5 < len(splits["dev"]) < 30
+
+
+def test_a_beir_folder_without_judgements_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert recipe("prepare_beir")([str(beir(tmp_path / "set")), "--out", str(tmp_path / "out")]) == 2
+    assert "qrels: holds none of train.tsv, dev.tsv and test.tsv" in capsys.readouterr().err
+    assert recipe("prepare_beir")([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert "corpus.jsonl: the file is missing" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["hotpotqa", "msmarco", "natural_questions", "qrecc", "topiocqa"])
 def test_what_is_missing_is_one_line_and_exit_code_2(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
