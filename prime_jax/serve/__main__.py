@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = uvicorn.Config(
         app, log_level="warning", access_log=False, timeout_graceful_shutdown=settings.grace_s
     )
+    listening.listen(config.backlog)  # who calls from here on waits a moment instead of being refused
     port = listening.getsockname()[1]
     console.print(f"Serving on http://{settings.host}:{port} (Ctrl-C stops)", highlight=False)
     server = uvicorn.Server(config)
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """Take the port before anything is loaded. Connections are refused until the server listens on it."""
+    """Take the port before anything is loaded. Connections are refused until the model is there."""
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
