@@ -16,8 +16,21 @@ import jaxtyping
 import pytest
 
 
+LONGEST = (
+    "test_killed.py",
+    "test_together.py",
+    "test_mcs_search.py",
+    "test_trained_run.py",
+    "test_sharding.py",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked gpu where there is no GPU."""
+    """Begin with the files that take minutes, so that no worker is left alone with one at the end.
+
+    Skip tests marked gpu where there is no GPU.
+    """
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     if any(device.platform == "gpu" for device in jax.devices()):
         return
     for item in items:
