@@ -15,7 +15,6 @@ import jax
 import jaxtyping
 import pytest
 
-
 LONGEST = (
     "test_killed.py",
     "test_together.py",
