@@ -37,8 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PredictorError, OSError) as mistake:
         print(f"prepare_hotpotqa: {mistake}", file=sys.stderr)
         return 2
-    for name, count in {**writer.counts, **writer.left_out}.items():
-        print(f"{name}: {count:,}")
+    print(writer.summary())
     return 0
 
 

@@ -12,11 +12,20 @@ of the other 54 million passages. Rewritten questions stay with the examples as 
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prime_jax.data.recipe import RecipeWriter, identity_of, records_of, share_of, text_id, tidy_text, value
+from prime_jax.data.recipe import (
+    RecipeWriter,
+    identity_of,
+    past_turns,
+    records_of,
+    share_of,
+    text_id,
+    tidy_text,
+    value,
+)
 from prime_jax.data.records import Example, Passage
 from prime_jax.errors import DataError, PredictorError
 
@@ -60,8 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PredictorError, OSError) as mistake:
         print(f"prepare_qrecc: {mistake}", file=sys.stderr)
         return 2
-    for name, count in {**writer.counts, **writer.left_out}.items():
-        print(f"{name}: {count:,}")
+    print(writer.summary())
     return 0
 
 
@@ -95,18 +103,12 @@ def question(
     split = "dev" if share_of(str(conversation)) < DEV_SHARE else "train"
     example = Example(
         id=f"{conversation}_{turn}",
-        context=tuple(_spoken(record, place)),
+        context=past_turns(record, place),
         query=tidy_text(value(record, "Question", str, place)),
         positives=right,
         extra={"rewrite": known["Truth_rewrite"]} if known.get("Truth_rewrite") else {},
     )
     writer.example("test" if test else split, example, place)
-
-
-def _spoken(record: Mapping[str, Any], place: str) -> Iterator[str]:
-    for said in value(record, "Context", list, place):
-        if text := tidy_text(str(said)):
-            yield text
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ whole; the published validation conversations become test.
 
 import argparse
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prime_jax.data.recipe import (
     RecipeWriter,
     identity_of,
+    past_turns,
     records_of,
     share_of,
     tidy_text,
@@ -59,8 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PredictorError, OSError) as mistake:
         print(f"prepare_topiocqa: {mistake}", file=sys.stderr)
         return 2
-    for name, count in {**writer.counts, **writer.left_out}.items():
-        print(f"{name}: {count:,}")
+    print(writer.summary())
     return 0
 
 
@@ -88,18 +88,12 @@ def question(writer: RecipeWriter, record: Mapping[str, Any], place: str, test: 
     split = "dev" if share_of(str(conversation)) < DEV_SHARE else "train"
     example = Example(
         id=f"{conversation}_{turn}",
-        context=tuple(_spoken(record, place)),
+        context=past_turns(record, place),
         query=tidy_text(value(record, "Question", str, place)),
         positives=(passage.id,),
         extra={"topic": record["Topic"]} if record.get("Topic") else {},
     )
     writer.example("test" if test else split, example, place)
-
-
-def _spoken(record: Mapping[str, Any], place: str) -> Iterator[str]:
-    for said in value(record, "Context", list, place):
-        if text := tidy_text(str(said)):
-            yield text
 
 
 if __name__ == "__main__":

@@ -119,6 +119,10 @@ class RecipeWriter:
         files.write_text(self._out / "SOURCE.md", text)
         (self._out / STATE).unlink(missing_ok=True)
 
+    def summary(self) -> str:
+        """A line for every count."""
+        return "\n".join(f"{name}: {count:,}" for name, count in {**self.counts, **self.left_out}.items())
+
     def _part(self, name: str) -> Path:
         return self._out / f".{name}.jsonl.part"
 
@@ -208,6 +212,12 @@ def value(record: Mapping[str, Any], key: str, kind: type[Record], place: str) -
     if not isinstance(found, kind) or (kind is int and isinstance(found, bool)):
         raise DataError(f"{place}: '{key}' must be of type {kind.__name__}, not {type(found).__name__}")
     return found
+
+
+def past_turns(record: Mapping[str, Any], place: str) -> tuple[str, ...]:
+    """What was said before, oldest first, from the `Context` of a published conversation; blanks left out."""
+    said = (tidy_text(str(turn)) for turn in value(record, "Context", list, place))
+    return tuple(turn for turn in said if turn)
 
 
 def share_of(key: str) -> float:
