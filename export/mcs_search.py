@@ -61,11 +61,11 @@ class Embeddings:
             raise BundleError("the store lacks the embedding of a text; run prime-jax encode again") from None
 
 
-def onnx_predictor(bundle: Path, precision: str) -> Any:
+def onnx_predictor(bundle: Path, manifest: dict[str, Any], precision: str) -> Any:
     """A function from context, mask and query to embeddings, through ONNX Runtime."""
     import onnxruntime
 
-    file = onnx_file(bundle, verify(bundle), precision)
+    file = onnx_file(bundle, manifest, precision)
     session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
 
     def predict(context: Any, mask: Any, query: Any) -> Any:
@@ -233,7 +233,7 @@ def _short(text: str) -> str:
 
 def run(given: Namespace) -> None:
     """Write the memories, ask the questions, compare."""
-    verify(given.bundle)
+    manifest = verify(given.bundle)
     config = json.loads((given.bundle / "config.json").read_text())
     if config.get("context_from") == "search":
         raise BundleError(
@@ -275,7 +275,7 @@ def run(given: Namespace) -> None:
     predict = (
         torch_predictor(given.bundle)
         if given.runtime == "torch"
-        else onnx_predictor(given.bundle, given.precision)
+        else onnx_predictor(given.bundle, manifest, given.precision)
     )
     prefix = config.get("query_prefix", "")
     asked = {
