@@ -78,6 +78,9 @@ class TrainingConfig(Frozen):
     rotation: float = Field(
         default=0.0, ge=0, le=1, description="share of batches turned at random; helps on unseen topics"
     )
+    average_weights: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of a moving average of weights that predicts; 0: none"
+    )
     seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
     eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")
     select_by: Literal["MRR@10", "unseen MRR@10"] = Field(

@@ -226,7 +226,7 @@ def restore(checkpoint: Checkpoint, like: TrainState) -> tuple[TrainState, Table
     negatives = None
     if (checkpoint.folder / "negatives").is_dir():
         negatives = np.asarray(_read(checkpoint.folder / "negatives", None)["table"])
-    return TrainState(**{"average": None, **tree}), negatives
+    return TrainState(**{"average": None, "smoothed": None, **tree}), negatives
 
 
 class LoadedModel(NamedTuple):
@@ -278,7 +278,7 @@ def _unwritten(folder: Path, failed: Exception) -> CheckpointError:
 
 def _for_inference(state: TrainState, dtype: DTypeLike) -> dict[str, Any]:
     """What prediction needs of a state: the model in `dtype`, and the target head where there is one."""
-    needed = {MODEL: _cast(state.params[MODEL], dtype)}
+    needed = {MODEL: _cast(state.predicting, dtype)}
     if state.target_head is not None:
         needed["target_head"] = state.target_head
     return needed

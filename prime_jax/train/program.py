@@ -56,6 +56,7 @@ class TrainingProgram:
             micro_batch=settings.micro_batch_size,
             ema=(settings.ema_start, settings.ema_end),
             rotation=settings.rotation,
+            average_weights=settings.average_weights,
         )
         graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
@@ -70,15 +71,24 @@ class TrainingProgram:
         Args:
             weights: Parameters of the model to start from; None for fresh ones.
         """
+        settings = self._config.train
 
         def start() -> TrainState:
-            return init_state(self._config.model, self._optimizer, self._config.train.seed, self._objective)
+            return init_state(
+                self._config.model,
+                self._optimizer,
+                settings.seed,
+                self._objective,
+                averaging=settings.average_weights > 0,
+            )
 
         shardings = state_shardings(self.mesh, jax.eval_shape(start))
         state: TrainState = jax.jit(start, out_shardings=shardings)()
         if weights is not None:
             placed = spread_out(weights, shardings.params[MODEL])
             state = replace(state, params={**state.params, MODEL: placed})
+            if state.smoothed is not None:
+                state = replace(state, smoothed=jax.tree.map(jnp.copy, placed))
         return state
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:

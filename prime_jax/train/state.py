@@ -30,6 +30,7 @@ class TrainState:
         params: What is trained, float32: `model` holds the model's parameters as nested dicts; what the
             objective trains stands beside it under its own names.
         average: Kernel of the averaged target head, `[E, E]`, or None (`train.target: ema` only).
+        smoothed: Moving average of the model's parameters, or None (`train.average_weights` only).
         opt_state: State of the optimizer.
         rng: Raw key data; the dropout key of a step is this folded with the step number.
         halted: Whether a loss or gradient was no finite number. From then on nothing changes, so that the
@@ -39,6 +40,7 @@ class TrainState:
     step: Leaf
     params: Any
     average: Leaf | None
+    smoothed: Any | None
     opt_state: Any
     rng: Leaf
     halted: Leaf
@@ -48,6 +50,11 @@ class TrainState:
         """Kernel of the head that targets are compared through at inference, or None for frozen targets."""
         head: Array | None = self.params.get(TARGET_HEAD) if self.average is None else self.average
         return head
+
+    @property
+    def predicting(self) -> Any:
+        """The model's parameters to predict with: their average where there is one."""
+        return self.params[MODEL] if self.smoothed is None else self.smoothed
 
 
 def build_graph(config: ModelConfig, dtype: DTypeLike) -> Graph:
@@ -65,8 +72,10 @@ def init_state(
     optimizer: optax.GradientTransformation,
     seed: int,
     objective: Objective | None = None,
+    *,
+    averaging: bool = False,
 ) -> TrainState:
-    """Fresh weights and optimizer state, both from `seed`."""
+    """Fresh weights and optimizer state, both from `seed`; `averaging` starts the average of the weights."""
     objective = objective or Objective()
     key = jax.random.key(seed)
     params = {
@@ -77,6 +86,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         average=jnp.copy(params[TARGET_HEAD]) if objective.target == "ema" else None,
+        smoothed=jax.tree.map(jnp.copy, params[MODEL]) if averaging else None,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(key),
         halted=jnp.zeros((), bool),

@@ -40,6 +40,7 @@ class StepPlan:
         micro_batch: Rows whose activations are held at a time; 0 for the whole batch.
         ema: First and last decay of the averaged target head.
         rotation: Share of batches that are turned (see `prime_jax.train.rotation`); needs D = E.
+        average_weights: Decay of the moving average of the weights, where the state has one.
     """
 
     total_steps: int = 1
@@ -47,6 +48,7 @@ class StepPlan:
     micro_batch: int = 0
     ema: tuple[float, float] = (0.996, 0.999)
     rotation: float = 0.0
+    average_weights: float = 0.0
 
 
 def make_train_step(
@@ -138,7 +140,14 @@ def make_train_step(
         if average is not None:
             decay = ema_decay(*plan.ema, (state.step + 1) / plan.total_steps)
             average = ema(average, params[TARGET_HEAD], decay)
-        moved = replace(state, step=state.step + 1, params=params, average=average, opt_state=opt_state)
+        moved = replace(
+            state,
+            step=state.step + 1,
+            params=params,
+            average=average,
+            smoothed=_smoothed(state, params[MODEL], plan.average_weights),
+            opt_state=opt_state,
+        )
         kept: TrainState = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
         return replace(kept, halted=~finite), {**metrics, "gradient_norm": norm, "finite": finite}
 
@@ -153,3 +162,12 @@ def make_train_step(
         return state, jax.lax.with_sharding_constraint(metrics, replicated(mesh))
 
     return jax.jit(constrained, donate_argnums=0)
+
+
+def _smoothed(state: TrainState, latest: Any, decay: float) -> Any:
+    """The average of the weights after this step; it forgets faster at first, when weights are far off."""
+    if state.smoothed is None:
+        return None
+    steps = state.step.astype(jnp.float32)
+    now = jnp.minimum(decay, (1 + steps) / (10 + steps))
+    return jax.tree.map(lambda average, weight: ema(average, weight, now), state.smoothed, latest)

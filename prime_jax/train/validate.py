@@ -13,7 +13,7 @@ from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import search
 from prime_jax.train.collective import is_main
 from prime_jax.train.sharding import by_rows, replicated, spread_out
-from prime_jax.train.state import MODEL, Graph, TrainState
+from prime_jax.train.state import Graph, TrainState
 
 DEPTH = 10
 ROWS = 256
@@ -46,7 +46,7 @@ class SplitPredictor:
             context, mask = gather(self._store, split.context_rows[chunk])
             query = self._store[split.query_rows[chunk]]
             inputs = spread_out((context, query, mask), by_rows(self._mesh))
-            parts.append(np.asarray(self._predict(state.params[MODEL], *inputs)))
+            parts.append(np.asarray(self._predict(state.predicting, *inputs)))
         return np.concatenate(parts)[:count]
 
 

@@ -1,0 +1,192 @@
+"""What helps? Named variants of a configuration, several seeds each, beside tuned baselines on dev.
+
+    python -m benchmarks.study --data DIR --config configs/recommended.yaml --seeds 0 1 2 --out FILE.json \
+        'as it is:' 'colder: --train.temperature 0.02' 'wider: --model.hidden-dim 768'
+
+A variant is a name, a colon and settings on top of the configuration and of those given beside the variants
+(written --train.seed=1). Its figures are means over the seeds; its comparisons are made query by query with
+the mean of the seeds, on whole conversations. Unseen are the queries none of whose right answers is one in
+train, or with --unseen KEY those whose record says so. Rows are added to the file one by one; a variant that
+is in it already is not run again.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy import ndarray
+
+from benchmarks.common import facts
+from prime_jax import load
+from prime_jax.config import Config, read_config
+from prime_jax.data.embedded import embed_dataset
+from prime_jax.data.encode import load_encoder
+from prime_jax.data.prepare import prepare
+from prime_jax.evaluate.arrays import Corpus, Split, retrieve
+from prime_jax.evaluate.baselines import tune
+from prime_jax.evaluate.evaluation import baselines
+from prime_jax.evaluate.run import conversations, split_arrays
+from prime_jax.evaluate.significance import compare
+from prime_jax.files import read_json, write_json
+from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.novelty import unseen
+from prime_jax.train.loop import train
+
+METRICS = ("P@5", "R@10", "MRR@10", "nDCG@10")
+JUDGED = ("P@5", "MRR@10")
+Figures = Mapping[str, ndarray]
+
+
+class Opened(NamedTuple):
+    """A data folder as arrays; of the queries of dev which are new, and which belong together."""
+
+    splits: Mapping[str, Split]
+    corpus: Corpus
+    fresh: ndarray
+    groups: ndarray
+
+
+def opened(config: Config, unseen_key: str | None) -> Opened:
+    """Train and dev, encoded (once; the store is kept beside the data)."""
+    assert config.data.path is not None
+    source, encoder = config.data, load_encoder(config.data.encoder)
+    dataset, store = prepare(Path(config.data.path), ("train", "dev"), encoder)
+    embedded = embed_dataset(
+        dataset,
+        store,
+        max_context_length=config.model.max_context_length,
+        context_from=source.context_from,
+        first_pass_k=source.first_pass_k,
+    )
+    splits = split_arrays(dataset, embedded, encoder, source)
+    examples = dataset.splits["dev"]
+    fresh = unseen(splits["dev"].positives, splits["train"].positives)
+    if unseen_key is not None:
+        fresh = np.array([bool(example.extra[unseen_key]) for example in examples])
+    corpus = Corpus(embedded.corpus(), embedded.corpus_scope)
+    return Opened(splits, corpus, fresh, conversations(examples))
+
+
+def measured(vectors: ndarray, data: Opened) -> Figures:
+    """Every metric of every query of dev."""
+    dev = data.splits["dev"]
+    found = retrieve(vectors, dev, data.corpus, 10)[1]
+    return ranking_metrics(found, dev.positives)
+
+
+def described(figures: Figures, fresh: ndarray) -> dict[str, float]:
+    """Means over all queries, and over the unseen and the seen ones where there are both."""
+    row = {name: float(figures[name].mean()) for name in METRICS}
+    if fresh.any() and not fresh.all():
+        row |= {f"unseen {name}": float(figures[name][fresh].mean()) for name in METRICS}
+        row |= {f"seen {name}": float(figures[name][~fresh].mean()) for name in METRICS}
+    return row
+
+
+def compared(ours: Figures, rivals: Mapping[str, Figures], data: Opened) -> dict[str, dict[str, Any]]:
+    """Ours against every rival: difference, interval and p, of all queries and of the unseen ones."""
+    parts = {"": np.ones(len(data.fresh), bool)}
+    if data.fresh.any() and not data.fresh.all():
+        parts["unseen "] = data.fresh
+    return {
+        name: {
+            f"{part}{metric}": compare(
+                ours[metric][rows], theirs[metric][rows], seed=0, groups=data.groups[rows]
+            )._asdict()
+            for part, rows in parts.items()
+            for metric in JUDGED
+        }
+        for name, theirs in rivals.items()
+    }
+
+
+def one_run(config: Config, data: Opened) -> tuple[Figures, dict[str, Any]]:
+    """Train once; the figures of its best checkpoint on dev."""
+    dev, started = data.splits["dev"], time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        train(config, Path(folder) / "run")
+        predictor = load(Path(folder) / "run", precision="float32")
+        figures = measured(predictor.predict(dev.context, dev.query, dev.mask), data)
+        step = predictor.info()["step"]
+    spent = time.perf_counter() - started
+    return figures, {"seed": config.train.seed, "best_step": step, "seconds": round(spent)}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is not in the file yet, and print one line for each variant."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--unseen", metavar="KEY", help="field of a record that says that it is new")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("variants", nargs="*", metavar="'NAME: SETTINGS'")
+    given, shared = parser.parse_known_args(argv)
+    if wrong := [word for word in given.variants if ":" not in word]:
+        parser.error(f"{wrong[0]!r} is neither NAME: SETTINGS nor a setting such as --train.seed=1")
+    common = [f"--data.path={given.data}", *shared]
+    data = opened(read_config(given.config, common), given.unseen)
+    result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
+    rivals: dict[str, Figures] = {}
+    described_rivals: dict[str, Any] = {}
+    for baseline in baselines(data.splits["train"], data.splits["dev"], data.corpus):
+        settings, _ = tune(baseline, data.splits["dev"], data.corpus)
+        rivals[baseline.name] = measured(baseline.prepare(data.splits["dev"])(settings), data)
+        described_rivals[baseline.name] = {
+            "settings": settings,
+            **described(rivals[baseline.name], data.fresh),
+        }
+        print(line(baseline.name, described_rivals[baseline.name]))
+    result |= {
+        "set": given.data.name,
+        "queries": len(data.fresh),
+        "unseen": int(data.fresh.sum()),
+        "groups": len(np.unique(data.groups)),
+        "passages": len(data.corpus.embeddings),
+        "config": given.config.name,
+        "settings": shared,
+        "baselines": described_rivals,
+        **facts("jax", "flax", "optax"),
+    }
+    for variant in given.variants:
+        name, _, words = variant.partition(":")
+        if name in result.get("variants", {}):
+            continue
+        runs = [
+            one_run(read_config(given.config, [*common, *words.split(), f"--train.seed={seed}"]), data)
+            for seed in given.seeds
+        ]
+        mean = {metric: np.mean([figures[metric] for figures, _ in runs], axis=0) for metric in METRICS}
+        means = described(mean, data.fresh)
+        seeds = [{**about, **described(figures, data.fresh)} for figures, about in runs]
+        spread = {
+            metric: statistics.stdev(seed[metric] for seed in seeds) if len(seeds) > 1 else None
+            for metric in means
+        }
+        row = {"settings": words.split(), "mean": means, "stdev": spread, "seeds": seeds}
+        row["against"] = compared(mean, rivals, data)
+        result.setdefault("variants", {})[name] = row
+        write_json(given.out, result)
+        print(line(name, means, spread), flush=True)
+    write_json(given.out, result)
+
+
+def line(name: str, means: Mapping[str, Any], spread: Mapping[str, Any] | None = None) -> str:
+    """The figures that one looks at first."""
+    shown = [metric for metric in ("P@5", "MRR@10", "unseen P@5", "unseen MRR@10") if metric in means]
+    parts = []
+    for metric in shown:
+        around = (spread or {}).get(metric)
+        parts.append(f"{metric} {means[metric]:.3f}" + (f" ±{around:.3f}" if around is not None else ""))
+    return f"{name:24} {'  '.join(parts)}"
+
+
+if __name__ == "__main__":
+    main()
