@@ -8,7 +8,9 @@ import numpy as np
 import onnxruntime
 from flax import nnx
 
+from prime_jax.models.confidence import Confidence
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.train.calibration import centres_of, fit
 
 N, D = 4, 24
 
@@ -52,3 +54,26 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def calibrated(model: EmbeddingPredictor, gain: float = 0.5) -> Confidence:
+    """As training would fit it, on random conversations in the first half of the dimensions."""
+    context, query, mask = conversations(60)
+    predicted = np.asarray(model(*map(jnp.asarray, (context, query, mask))))
+    rng = np.random.default_rng(0)
+    return fit(
+        context,
+        mask,
+        query,
+        predicted,
+        hit=rng.random(60) < 0.6,
+        gain=gain + rng.normal(0, 0.1, 60),
+        query_centres=centres_of(query),
+        answer_centres=centres_of(predicted),
+    )
+
+
+def conversations(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    context, query, mask = requests(rows)
+    half = np.arange(D) < D // 2
+    return np.where(mask[..., None], context, 0).astype(np.float32), query * half, mask

@@ -27,12 +27,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutation test (default: 0)")
+    parser.add_argument("--ablation", action="store_true", help="also without context, query or residual")
     given = parser.parse_args(argv)
     try:
         from prime_jax.evaluate.run import evaluate_run
 
         values = evaluate_run(
-            given.run, given.data, given.split, given.out, store=given.store, seed=given.seed
+            given.run,
+            given.data,
+            given.split,
+            given.out,
+            store=given.store,
+            seed=given.seed,
+            ablation=given.ablation,
         )
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax evaluate: {mistake}", file=sys.stderr)

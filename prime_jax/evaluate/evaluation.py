@@ -1,7 +1,7 @@
 """The comparison itself: the predicted embedding beside tuned baselines, with intervals and significance."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -22,6 +22,7 @@ from prime_jax.evaluate.baselines import (
 from prime_jax.evaluate.chance import chance
 from prime_jax.evaluate.gauges import Novelty, gauges, novelty
 from prime_jax.evaluate.linear import ridge, ridge_context
+from prime_jax.evaluate.reliability import Judged, Reliability, reliability
 from prime_jax.evaluate.significance import Comparison, compare, interval
 from prime_jax.progress import progress
 from prime_jax.retrieval.metrics import ranking_metrics
@@ -76,6 +77,11 @@ class Evaluation:
         seed: Seed of the bootstrap and the permutation test.
         novelty: Queries with unseen and with seen right answers apart; None where all are of one kind.
         gauges: Hubness of rankings and effective rank of vectors (`prime_jax.evaluate.gauges.gauges`).
+        reliability: How good the confidence is; None where the model carries none.
+        guard: Mean of each of `COMPARED` for the predictions behind the guard, and their mean `trust`; None
+            where there is no guard.
+        ablation: Mean of each of `COMPARED` with a part of the model taken away, by part; empty where that
+            was not asked for.
     """
 
     split: str
@@ -88,6 +94,9 @@ class Evaluation:
     seed: int
     novelty: Novelty | None
     gauges: Mapping[str, Mapping[str, float]]
+    reliability: Reliability | None = None
+    guard: Mapping[str, float] | None = None
+    ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def best_baseline(self) -> str:
@@ -126,6 +135,8 @@ def evaluate_methods(
     seed: int,
     groups: Shaped[ndarray, " Q"] | None = None,
     memory: Float32[ndarray, "M E"] | None = None,
+    judged: Judged | None = None,
+    ablated: Mapping[str, ndarray] | None = None,
 ) -> Evaluation:
     """Measure the prediction and every baseline on `test`.
 
@@ -140,6 +151,8 @@ def evaluate_methods(
         groups: Which queries of `test` depend on each other (see `significance`).
         memory: The passages as the prediction searches them, where that is not as they are encoded
             (`Predictor.map_memory`); baselines search `corpus`.
+        judged: What the predictor says of its predictions.
+        ablated: Predictions with a part of the model taken away, by part (`prime_jax.evaluate.ablation`).
 
     Raises:
         DataError: If shapes do not fit, or as `search`, `ranking_metrics` and `compare`.
@@ -170,6 +183,11 @@ def evaluate_methods(
         if name != PREDICTED
     }
     shown = dict.fromkeys([PREDICTED, "query"])
+
+    def means(vectors: ndarray) -> dict[str, float]:
+        found = ranking_metrics(retrieve(vectors, test, searched, 10)[1], test.positives)
+        return {name: float(found[name].mean()) for name in COMPARED}
+
     return Evaluation(
         split=split,
         test=test,
@@ -193,6 +211,13 @@ def evaluate_methods(
             searched.embeddings[[int(right[0]) for right in test.positives]],
             len(corpus.embeddings),
         ),
+        reliability=None
+        if judged is None
+        else reliability(judged.confidence, ours.metrics, methods["query"].metrics, COMPARED, seed=seed),
+        guard=None
+        if judged is None or judged.guarded is None
+        else {**means(judged.guarded), "trust": float(judged.trust.mean())},
+        ablation={part: means(vectors) for part, vectors in (ablated or {}).items()},
     )
 
 

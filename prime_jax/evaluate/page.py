@@ -5,8 +5,11 @@ from html import escape
 from typing import Any
 
 from prime_jax.evaluate.evaluation import PREDICTED
+from prime_jax.evaluate.plots import JUDGED
 from prime_jax.evaluate.words import (
     Example,
+    ablation_table,
+    confidence_words,
     facts_of,
     gauge_words,
     measured,
@@ -77,6 +80,7 @@ def page(
     figures = "".join(
         f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>"
         for caption, svg in pictures.items()
+        if caption not in JUDGED
     )
     headline = (
         escape(values["headline"]).replace("p &lt; ", "p&nbsp;&lt;&nbsp;").replace("p = ", "p&nbsp;=&nbsp;")
@@ -90,6 +94,8 @@ def page(
         "<h2>Is the difference real?</h2>",
         _table(*significance_table(values), group=True),
         *_novelty(values),
+        *_confidence(values, pictures),
+        *_ablation(values),
         "<h2>Hubs and collapse</h2>",
         f'<p class="note">{escape(gauge_words(values))}</p>',
         "<h2>Baselines as tuned on dev</h2>",
@@ -129,6 +135,24 @@ def _novelty(values: Mapping[str, Any]) -> list[str]:
         return []
     note = f'<p class="note">{escape(novelty_words(values))}</p>'
     return ["<h2>Unseen and seen answers</h2>", _table(*apart, group=False), note]
+
+
+def _confidence(values: Mapping[str, Any], pictures: Mapping[str, str]) -> list[str]:
+    if not values["confidence"]:
+        return []
+    shown = "".join(
+        f"<figure><figcaption>{escape(caption)}</figcaption>{pictures[caption]}</figure>"
+        for caption in JUDGED
+        if caption in pictures
+    )
+    notes = [f'<p class="note">{escape(words)}</p>' for words in confidence_words(values)]
+    return ["<h2>Confidence</h2>", *notes, f'<div class="figures">{shown}</div>' if shown else ""]
+
+
+def _ablation(values: Mapping[str, Any]) -> list[str]:
+    if not values["ablation"]:
+        return []
+    return ["<h2>What each part is worth</h2>", _table(*ablation_table(values), group=False)]
 
 
 def _section(title: str, examples: Sequence[Example]) -> list[str]:

@@ -14,6 +14,7 @@ import numpy as np
 from prime_jax import files
 from prime_jax.errors import PredictorError
 from prime_jax.evaluate.evaluation import DEPTH, PREDICTED, Evaluation
+from prime_jax.evaluate.reliability import COVERAGE
 from prime_jax.retrieval.metrics import first_rank
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 _ACCENT, _SECOND, _GREY = "#2f7ed8", "#d9822b", "#9aa0a6"  # readable on white and on black
 _INK = "#010203"  # in SVG replaced by the colour of the page's text
+JUDGED = ("What was said, and what was found", "P@5 when only confident predictions are used")
+"""Captions of the pictures of confidence."""
 _STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -42,10 +45,16 @@ def figures(evaluation: Evaluation) -> dict[str, str]:
     Raises:
         PredictorError: If matplotlib is not installed.
     """
-    return {
+    drawn = {
         "MRR@10 with 95% intervals": _svg(evaluation, _bars),
         "Questions with a right passage within the first k": _svg(evaluation, _curve),
     }
+    if evaluation.reliability is not None:
+        drawn |= {
+            caption: _svg(evaluation, draw)
+            for caption, draw in zip(JUDGED, (_reliability, _selective), strict=True)
+        }
+    return drawn
 
 
 def figure_result(evaluation: Evaluation, path: Path) -> None:
@@ -135,5 +144,49 @@ def _curve(axes: "Axes", evaluation: Evaluation) -> None:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("k, the number of passages looked at")
     axes.set_ylabel("questions with a right one")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="best")
+
+
+def _reliability(axes: "Axes", evaluation: Evaluation) -> None:
+    found = evaluation.reliability
+    assert found is not None
+    around = 1.96 * np.sqrt(np.maximum(found.found * (1 - found.found), 0) / found.counts)
+    low, high = np.maximum(found.found - around, 0), np.minimum(found.found + around, 1)
+    axes.plot([0, 1], [0, 1], color=_GREY, lw=1, ls="--", label="calibrated")
+    axes.errorbar(
+        found.said,
+        found.found,
+        yerr=np.stack([found.found - low, high - found.found]),
+        color=_ACCENT,
+        marker="o",
+        lw=2,
+        elinewidth=1,
+        capsize=3,
+        label="predicted",
+    )
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("confidence")
+    axes.set_ylabel("questions with a right passage in the first 5")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False, loc="upper left")
+
+
+def _selective(axes: "Axes", evaluation: Evaluation) -> None:
+    found = evaluation.reliability
+    assert found is not None
+    axes.plot(
+        COVERAGE, found.selective["P@5"], color=_ACCENT, lw=2, label="all questions, the query for the rest"
+    )
+    axes.plot(COVERAGE, found.confident["P@5"], color=_SECOND, lw=2, label="the confident predictions alone")
+    axes.axhline(found.selective["P@5"][0], color=_GREY, lw=1, ls="--", label="query")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.set_xlabel("predictions used, the most confident first")
+    axes.set_ylabel("P@5")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="best")

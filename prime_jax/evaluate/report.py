@@ -11,6 +11,7 @@ from prime_jax.errors import DataError, PredictorError
 from prime_jax.evaluate.evaluation import PREDICTED, Evaluation
 from prime_jax.evaluate.page import page
 from prime_jax.evaluate.plots import figure_result, figures, found_within
+from prime_jax.evaluate.reliability import COVERAGE
 from prime_jax.evaluate.words import Example, headline, markdown
 
 RUN_DEPTH = 20  # rows of each ranking in a run file
@@ -68,11 +69,31 @@ def report_values(evaluation: Evaluation, facts: Mapping[str, Any]) -> dict[str,
         "best_baseline": evaluation.best_baseline,
         "novelty": _novelty(evaluation),
         "gauges": {name: dict(gauge) for name, gauge in evaluation.gauges.items()},
+        "confidence": _confidence(evaluation),
+        "guard": None if evaluation.guard is None else dict(evaluation.guard),
+        "ablation": {part: dict(means) for part, means in evaluation.ablation.items()},
         "chance": dict(evaluation.chance),
         "found_within": {name: np.round(found_within(evaluation, name), 6).tolist() for name in methods},
         "groups": evaluation.groups,
         "seed": evaluation.seed,
         **facts,
+    }
+
+
+def _confidence(evaluation: Evaluation) -> dict[str, Any] | None:
+    found = evaluation.reliability
+    if found is None:
+        return None
+    return {
+        **{name: getattr(found, name) for name in ("ece", "ece_by_chance", "brier", "auc")},
+        "said": found.said.round(6).tolist(),
+        "found": found.found.round(6).tolist(),
+        "counts": found.counts.tolist(),
+        "coverage": COVERAGE.round(2).tolist(),
+        "selective": {name: values.round(6).tolist() for name, values in found.selective.items()},
+        "confident": {
+            name: [None, *values[1:].round(6).tolist()] for name, values in found.confident.items()
+        },
     }
 
 

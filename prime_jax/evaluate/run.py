@@ -17,10 +17,13 @@ from prime_jax.data.encode import Encoder, encode_texts, load_encoder
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
 from prime_jax.errors import ConfigError, DataError
+from prime_jax.evaluate.ablation import ablated
 from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import evaluate_methods
+from prime_jax.evaluate.reliability import Judged
 from prime_jax.evaluate.report import Texts, write_report
 from prime_jax.evaluate.significance import linked
+from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
 
 _PACKAGES = ("prime-jax", "jax", "flax", "numpy", "scipy", "ir-measures")
@@ -28,7 +31,14 @@ _TUNING = ("train", "dev")
 
 
 def evaluate_run(
-    run: Path, data: Path, split: str, out: Path, *, store: Path | None = None, seed: int = 0
+    run: Path,
+    data: Path,
+    split: str,
+    out: Path,
+    *,
+    store: Path | None = None,
+    seed: int = 0,
+    ablation: bool = False,
 ) -> dict[str, Any]:
     """Measure a run on a split beside tuned baselines, write the report and return what report.json holds.
 
@@ -39,6 +49,7 @@ def evaluate_run(
         out: Where the report is written.
         store: Embedding store; None means the run's, or `embeddings/` in the data folder.
         seed: Seed of the bootstrap and the permutation test.
+        ablation: Measure the model with parts of it taken away, too.
 
     Raises:
         CheckpointError: If the run is missing or damaged.
@@ -50,19 +61,33 @@ def evaluate_run(
     dataset, embedded, encoder, source = opened
     splits = split_arrays(dataset, embedded, encoder, source)
     test, passages = splits[split], embedded.corpus()
+    predicted = predictor.predict(test.context, test.query, test.mask)
     evaluation = evaluate_methods(
         split,
         test,
-        predictor.predict(test.context, test.query, test.mask),
+        predicted,
         train=splits["train"],
         dev=splits["dev"],
         corpus=Corpus(passages, embedded.corpus_scope),
         memory=None if predictor.target_head is None else predictor.map_memory(passages),
         seed=seed,
         groups=conversations(dataset.splits[split]),
+        judged=_judged(predictor, test, predicted),
+        ablated=ablated(predictor, test, seed) if ablation else None,
     )
     facts = _facts(predictor.info(), dataset, embedded, encoder)
     return write_report(out, evaluation, _texts(dataset, split), facts)
+
+
+def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged | None:
+    """What the predictor says of its predictions; None where it carries no calibration."""
+    if predictor.confidence is None:
+        return None
+    guard = test.query.shape[1] == predicted.shape[1]
+    request = Request(test.context, test.query, test.mask, single=False)
+    found = predictor.judge(request, predicted, guard=guard)
+    assert found.confidence is not None
+    return Judged(found.confidence, found.embedding if guard else None, found.trust)
 
 
 class OpenedData(NamedTuple):

@@ -137,6 +137,47 @@ def novelty_words(values: Mapping[str, Any]) -> str:
     return text
 
 
+def confidence_words(values: Mapping[str, Any]) -> list[str]:
+    """Paragraphs on how good the confidence is, what it buys, and what the guard does."""
+    found = values["confidence"]
+    auc = (
+        ""
+        if found["auc"] is None
+        else (
+            f" A question with a right passage has the higher confidence in {found['auc']:.0%} of pairs with "
+            "one without (50% is guessing)."
+        )
+    )
+    half = found["coverage"].index(0.5)
+    best = found["selective"]["P@5"]
+    told = [
+        "Confidence is the probability of a right passage among the first five. Expected calibration error "
+        f"{found['ece']:.3f}; a perfect confidence would show {found['ece_by_chance']:.3f} on so few "
+        f"questions.{auc}",
+        f"If only the more confident half of the predictions is used and the query for the rest, P@5 is "
+        f"{best[half]:.3f} (query alone {best[0]:.3f}, predictions alone {best[-1]:.3f}); the predictions of "
+        f"that half alone reach {found['confident']['P@5'][half]:.3f}.",
+    ]
+    if guard := values["guard"]:
+        told.append(
+            "Behind the guard, which goes back to the query where that is unlike the questions of training, "
+            f"MRR@10 is {guard['MRR@10']:.3f} and P@5 {guard['P@5']:.3f}; on average it lets "
+            f"{guard['trust']:.0%} of a prediction through."
+        )
+    return told
+
+
+def ablation_table(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the model with a part taken away, beside the whole model and the plain query."""
+    metrics = list(next(iter(values["ablation"].values())))
+    rows = {name: values["methods"][name] for name in (PREDICTED, "query")} | values["ablation"]
+    return ["part taken away", *metrics], [
+        [{PREDICTED: "nothing", "query": "everything (plain query)"}.get(name, name)]
+        + [f"{row[metric]:.3f}" for metric in metrics]
+        for name, row in rows.items()
+    ]
+
+
 def gauge_words(values: Mapping[str, Any]) -> str:
     """One paragraph on hubs and collapse."""
     hubs, rank = values["gauges"]["hubness"], values["gauges"]["effective_rank"]
@@ -192,6 +233,10 @@ def markdown(values: Mapping[str, Any], examples: Sequence[Example], note: str) 
     parts += ["## Significance", _table(*significance_table(values))]
     if apart := novelty_table(values):
         parts += ["## Unseen and seen answers", _table(*apart), novelty_words(values)]
+    if values["confidence"]:
+        parts += ["## Confidence", *confidence_words(values)]
+    if values["ablation"]:
+        parts += ["## What each part is worth", _table(*ablation_table(values))]
     parts += ["## Hubs and collapse", gauge_words(values)]
     parts += ["## Baselines as tuned", _table(*settings_table(values))]
     for title, won in (("## Wins over the plain query", True), ("## Losses to the plain query", False)):

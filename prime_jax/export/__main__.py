@@ -94,6 +94,7 @@ def _export(given: Namespace) -> dict[str, Any]:
             given.out,
             facts=facts_of(predictor, given.run),
             target_head=predictor.target_head,
+            confidence=predictor.confidence,
             options=options,
             evidence=gather_evidence(predictor, given.run, data, store=given.store) if data else None,
         )

@@ -28,6 +28,7 @@ from prime_jax.export.to_torch import load_state_dict, state_dict
 from prime_jax.files import atomic_folder, read_json, sha256, write_bytes, write_json, write_text
 from prime_jax.manifest import FIRST_VERSION, MANIFEST, check_version, write_manifest
 from prime_jax.models.bundle import KIND, TARGET_HEAD
+from prime_jax.models.confidence import Confidence, write_confidence
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.predictor import Predictor
 
@@ -68,6 +69,7 @@ def write_bundle(
     *,
     facts: Mapping[str, Any],
     target_head: Array | None = None,
+    confidence: Confidence | None = None,
     options: Options | None = None,
     evidence: Evidence | None = None,
 ) -> dict[str, Any]:
@@ -83,6 +85,7 @@ def write_bundle(
             `passage_prefix`, `context_from`, `first_pass_k`, `step`, `epoch`, `metrics`, `data_hash`,
             `versions`, and `report` (the values of report.json).
         target_head: Kernel that the memory is mapped by before it is searched (`Predictor.target_head`).
+        confidence: How far its predictions can be trusted (`Predictor.confidence`).
         options: What else it holds.
         evidence: Validation data to judge lower precisions on, and the result of the leak check.
 
@@ -120,6 +123,8 @@ def write_bundle(
             _write_state_dict(part / "model.pt", tensors)
         if target_head is not None:
             _write_safetensors(part / TARGET_HEAD, {"kernel": np.asarray(target_head)})
+        if confidence is not None:
+            write_confidence(part, confidence)
         proof = {"model_version": options.model_version, "weights_sha256": sha256(part / "model.safetensors")}
         proof |= {name: known[name] for name in ("data_hash", "encoder") if name in known}
         to_onnx(model, part / "model.onnx", opset=options.opset, facts=proof)

@@ -21,12 +21,14 @@ from prime_jax._version import __version__
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.models.bundle import is_bundle, load_bundle
+from prime_jax.models.confidence import Confidence, read_confidence
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.compiled import compile_ahead
 from prime_jax.predict.forward import forward
-from prime_jax.predict.inputs import Vectors, checked
+from prime_jax.predict.inputs import Request, Vectors, checked
+from prime_jax.predict.judging import Answer, check_guard, judge
 from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_known, choose
 from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
@@ -59,14 +61,19 @@ def load(
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: there is no such folder")
     if is_bundle(folder):
-        config = None
-        model, manifest, head = load_bundle(folder)
-        facts = {"source": str(folder), **manifest}
+        config, source = None, folder
+        model, told, head = load_bundle(folder)
     else:
         model, config, checkpoint, head = checkpoints.load_model(folder)
-        facts = {"source": str(checkpoint.folder), **checkpoint.facts}
+        source, told = checkpoint.folder, dict(checkpoint.facts)
     return Predictor(
-        model, config=config, facts=facts, precision=precision, batch_sizes=batch_sizes, target_head=head
+        model,
+        config=config,
+        facts={"source": str(source), **told},
+        precision=precision,
+        batch_sizes=batch_sizes,
+        target_head=head,
+        confidence=read_confidence(source, model.config.input_dim, model.config.output_dim),
     )
 
 
@@ -82,11 +89,13 @@ class Predictor:
             size at warm-up and takes the faster one; models under ten million parameters stay float32.
         batch_sizes: Batches to compile for, besides the model's max_batch_size.
         target_head: Kernel `[E, E]` of a run whose targets were mapped by a trained head, or None.
+        confidence: How far its predictions can be trusted, or None.
 
     Attributes:
         model: The model, float32.
         config: Configuration of the run it comes from, or None.
         target_head: As given; where there is one, the memory must be mapped by `map_memory`.
+        confidence: As given.
 
     Raises:
         PredictorError: For an unknown precision or a batch size that is none.
@@ -101,6 +110,7 @@ class Predictor:
         precision: Precision = "auto",
         batch_sizes: Sequence[int] = BATCH_SIZES,
         target_head: Array | None = None,
+        confidence: Confidence | None = None,
     ):
         check_known(precision)
         if any(size < 1 for size in batch_sizes):
@@ -109,6 +119,7 @@ class Predictor:
         self.model = model
         self.config = config
         self.target_head = target_head
+        self.confidence = confidence
         self._facts = dict(facts or {})
         self._precision: Precision = precision
         self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)
@@ -158,6 +169,39 @@ class Predictor:
         rows = np.concatenate(parts) if parts else np.zeros((0, self.model.config.output_dim), np.float32)
         answer: Vectors = rows[0] if single else rows
         return answer
+
+    def answer(
+        self,
+        context: ArrayLike,
+        query: ArrayLike,
+        context_mask: ArrayLike | None = None,
+        *,
+        guard: bool = True,
+    ) -> Answer:
+        """Predict, say how likely the prediction is to find the right passage, and do no harm.
+
+        Args:
+            context: As for `predict`.
+            query: As for `predict`.
+            context_mask: As for `predict`.
+            guard: Go back to the query where it is unlike those of training (`Confidence.trust`).
+
+        Raises:
+            PredictorError: As `predict`; or with a guard, if the model has none.
+        """
+        request = checked(self.model.config, context, query, context_mask)
+        found = self.judge(request, self.predict(*request[:3]), guard=guard)
+        return found.first() if request.single else found
+
+    def judge(self, request: Request, predicted: Vectors, *, guard: bool) -> Answer:
+        """What `answer` makes of predictions `[B, E]` that are there already, of a session for instance.
+
+        Raises:
+            PredictorError: With a guard, if the model has none.
+        """
+        if guard:
+            check_guard(self.model.config, self.confidence)
+        return judge(self.confidence, request, predicted, self.map_memory if guard else None)
 
     def session(self, batch: int = 1, *, precision: Precision | None = None) -> Session:
         """Start a conversation, or `batch` of them side by side, whose turns are not computed anew each time.
@@ -213,12 +257,12 @@ class Predictor:
         )
 
     def predict_one(self, request: PredictorInput) -> PredictorOutput:
-        """Answer one request of the wire schema.
+        """Answer one request of the wire schema, with its confidence where the model carries a calibration.
 
         Raises:
             PredictorError: If its dimension or number of turns does not fit the model.
         """
-        return predict_one(self.predict, request)
+        return predict_one(partial(self.answer, guard=False), request)
 
     def warmup(self) -> None:
         """Choose precisions and compile every fixed shape now, not at the first request that needs it."""
@@ -249,6 +293,7 @@ class Predictor:
             "prime_jax": __version__,
             "parameters": self.model.num_params(),
             "model": config.model_dump(),
+            "calibrated": self.confidence is not None,
             "batch_shapes": list(self._buckets) if config.use_static_cache else "as requested",
             "precision": {
                 batch: {**choice.recipe._asdict(), "why": choice.why}

@@ -133,13 +133,16 @@ class PredictorOutput(Frozen):
         return _embedding(self.predicted_embedding)
 
     @classmethod
-    def of(cls, vector: np.ndarray, encoding: Encoding) -> "PredictorOutput":
+    def of(cls, vector: np.ndarray, encoding: Encoding, confidence: Any = None) -> "PredictorOutput":
         """The answer that carries `vector` `[E]` in the form asked for."""
-        return cls(predicted_embedding=to_base64(vector) if encoding == "base64" else vector.tolist())
+        return cls(
+            predicted_embedding=to_base64(vector) if encoding == "base64" else vector.tolist(),
+            confidence=None if confidence is None else float(confidence),
+        )
 
 
-def predict_one(predict: Callable[..., np.ndarray], request: PredictorInput) -> PredictorOutput:
-    """Answer one request with `predict(context [N, D], query [D]) -> [E]`.
+def predict_one(answer: Callable[..., Any], request: PredictorInput) -> PredictorOutput:
+    """Answer one request with `answer(context [N, D], query [D])`, which gives embedding, confidence, trust.
 
     Raises:
         PredictorError: If the request does not fit the model.
@@ -149,4 +152,5 @@ def predict_one(predict: Callable[..., np.ndarray], request: PredictorInput) -> 
             f"context_embeddings have {request.context_embeddings.shape[1]} dimensions, "
             f"query_embedding has {len(request.query_embedding)}"
         )
-    return PredictorOutput.of(predict(request.context_embeddings, request.query_embedding), request.encoding)
+    vector, confidence, _ = answer(request.context_embeddings, request.query_embedding)
+    return PredictorOutput.of(vector, request.encoding, confidence)

@@ -15,6 +15,8 @@ from starlette.exceptions import HTTPException
 from prime_jax._version import __version__
 from prime_jax.errors import OverloadedError, PredictorError
 from prime_jax.frozen import Frozen
+from prime_jax.predict.inputs import checked
+from prime_jax.predict.judging import check_guard
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.schema import Encoding, PredictorInput, PredictorOutput, Vector
 from prime_jax.serve.limits import GONE, BodyLimit, Observe
@@ -56,6 +58,10 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
         predictor: What predicts, warmed up.
         settings: Limits and time-outs.
     """
+    config = predictor.model.config
+    guard = settings.guards(predictor.confidence is not None and config.input_dim == config.output_dim)
+    if guard:
+        check_guard(config, predictor.confidence)  # refused now, not at the first request
     metrics = Metrics()
     batcher = predictor.batcher(
         max_delay_ms=settings.max_delay_ms, max_queue=settings.max_queue, on_call=metrics.batch.observe
@@ -70,25 +76,25 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
         await asyncio.to_thread(batcher.close)
 
     app = FastAPI(title="prime-jax", version=__version__, lifespan=lifespan)
-    limit = settings.body_limit(predictor.model.config)
+    limit = settings.body_limit(config)
     app.add_middleware(BodyLimit, limit=limit, seconds=settings.timeout_s)
     app.add_middleware(Observe, metrics=metrics)
     _answer_errors(app)
-    app.include_router(_session_routes(predictor, sessions, settings))
+    app.include_router(_session_routes(predictor, sessions, settings, guard))
     metrics.gauge("queue_depth", "Requests that wait for the device.", lambda: batcher.stats().waiting)
     metrics.gauge("sessions", "Sessions kept.", lambda: len(sessions))
 
     @app.post("/predict", responses=_FAULTS, response_model=PredictorOutput)
     async def predict(request: Request, body: PredictorInput) -> Response:
         """Predict the embedding to search with. Stateless: the whole window comes with the request."""
-        work = batcher.predict_async(body.context_embeddings, body.query_embedding)
-        vector = await _in_time(request, work, settings.timeout_s)
-        return _json(PredictorOutput.of(vector, body.encoding))
+        context, query = body.context_embeddings, body.query_embedding
+        vector = await _in_time(request, batcher.predict_async(context, query), settings.timeout_s)
+        return _json(_judged(predictor, context, query, vector, guard, body.encoding))
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """What is served. The server listens only once everything is compiled, so an answer means ready."""
-        return {"status": "ok", **_facts(predictor)}
+        return {"status": "ok", "guard": guard, **_facts(predictor)}
 
     @app.get("/metrics", include_in_schema=False)
     async def figures() -> Response:
@@ -97,7 +103,9 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     return app
 
 
-def _session_routes(predictor: Predictor, sessions: Sessions, settings: ServeSettings) -> APIRouter:
+def _session_routes(
+    predictor: Predictor, sessions: Sessions, settings: ServeSettings, guard: bool
+) -> APIRouter:
     """Conversations kept by this process. A replica knows only its own, so route a session to one replica."""
     routes = APIRouter(prefix="/sessions", tags=["sessions"], responses=_FAULTS)
 
@@ -157,8 +165,13 @@ def _session_routes(predictor: Predictor, sessions: Sessions, settings: ServeSet
     @routes.post("/{name}/predict", response_model=PredictorOutput)
     async def predict(request: Request, name: str, body: Query) -> Response:
         """Predict the embedding to search with, from the session's turns."""
-        vector: np.ndarray = await use(request, name, lambda session: session.predict(body.query_embedding))
-        return _json(PredictorOutput.of(vector, body.encoding))
+
+        def work(session: Any) -> PredictorOutput:
+            vector = session.predict(body.query_embedding)
+            (context,), (mask,) = session.window()
+            return _judged(predictor, context[mask], body.query_embedding, vector, guard, body.encoding)
+
+        return _json(await use(request, name, work))
 
     @routes.get("/{name}/state", response_class=Response)
     async def save(request: Request, name: str) -> Response:
@@ -179,6 +192,20 @@ def _session_routes(predictor: Predictor, sessions: Sessions, settings: ServeSet
         return SessionState(id=name, turns=await use(request, name, work))
 
     return routes
+
+
+def _judged(
+    predictor: Predictor,
+    context: np.ndarray,
+    query: np.ndarray,
+    vector: np.ndarray,
+    guard: bool,
+    encoding: Encoding,
+) -> PredictorOutput:
+    """The prediction `[E]` for turns `[n, D]` and a query `[D]`, guarded if asked for; its confidence."""
+    request = checked(predictor.model.config, context, query)
+    vector, sure, _ = predictor.judge(request, vector[None], guard=guard).first()
+    return PredictorOutput.of(vector, encoding, sure)
 
 
 def _length(session: Any) -> int:

@@ -32,6 +32,9 @@ class ServeSettings(BaseSettings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="auto measures at start which is faster"
     )
+    guard: Literal["auto", "on", "off"] = Field(
+        default="auto", description="go back to the query for foreign ones; auto: where calibrated"
+    )
     max_delay_ms: float = Field(default=2.0, ge=0, description="how long a request waits for company")
     max_queue: int = Field(default=1024, ge=1, description="most waiting requests; more get 503")
     max_body_bytes: int | None = Field(
@@ -41,6 +44,10 @@ class ServeSettings(BaseSettings):
     max_sessions: int = Field(default=0, ge=0, description="most sessions kept here; 0 keeps none")
     session_idle_s: float = Field(default=900.0, gt=0, description="a session unused for so long is dropped")
     grace_s: int = Field(default=20, ge=1, description="how long a stop waits for running requests")
+
+    def guards(self, possible: bool) -> bool:
+        """Whether answers are guarded, where a guard is possible or not."""
+        return possible if self.guard == "auto" else self.guard == "on"
 
     def body_limit(self, model: PredictorConfig) -> int:
         """Largest request body in bytes for a model."""

@@ -26,6 +26,7 @@ from prime_jax.config import Config, load_stored_config, to_yaml
 from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.files import write_text
 from prime_jax.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
+from prime_jax.models.confidence import Confidence, write_confidence
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.nn.target_head import initial_head
 from prime_jax.train.collective import barrier, is_main
@@ -126,7 +127,12 @@ class Checkpoints:
                     self._manager.close()
 
     def save(
-        self, state: TrainState, config: Config, facts: Mapping[str, Any], negatives: Table | None = None
+        self,
+        state: TrainState,
+        config: Config,
+        facts: Mapping[str, Any],
+        negatives: Table | None = None,
+        confidence: Confidence | None = None,
     ) -> None:
         """Start writing a checkpoint; when it is complete, all but the newest and the best are dropped.
 
@@ -135,6 +141,7 @@ class Checkpoints:
             config: Configuration of the run, stored with it.
             facts: For the manifest; must hold `metrics`.
             negatives: The mined negatives in use, `[n, K]`.
+            confidence: How far its predictions can be trusted.
 
         Raises:
             CheckpointError: If this one or the one before cannot be written.
@@ -154,7 +161,7 @@ class Checkpoints:
             self._opened().save(step, args=ocp.args.Composite(**saved), force=True)
         except Exception as failed:  # Orbax and TensorStore raise many kinds
             raise _unwritten(folder, failed) from failed
-        self._writing = self._finisher.submit(self._finish, folder, config, dict(facts), step)
+        self._writing = self._finisher.submit(self._finish, folder, config, dict(facts), step, confidence)
 
     def wait(self) -> None:
         """Return when the checkpoint in the making is complete.
@@ -179,13 +186,17 @@ class Checkpoints:
             self._manager.reload()
         return self._manager
 
-    def _finish(self, folder: Path, config: Config, facts: dict[str, Any], step: int) -> None:
+    def _finish(
+        self, folder: Path, config: Config, facts: dict[str, Any], step: int, confidence: Confidence | None
+    ) -> None:
         """Wait for the arrays, vouch for them, drop what is no longer needed."""
         try:
             self._manager.wait_until_finished()
             if not is_main():
                 return
             write_text(folder / CONFIG, to_yaml(config))
+            if confidence is not None:
+                write_confidence(folder, confidence)
             write_manifest(folder, KIND, step=step, **facts)
             keep = {kept.step for kept in (latest(self._run), best(self._run)) if kept}
             for old in list_checkpoints(self._run):

@@ -26,7 +26,7 @@ from prime_jax.train.program import TrainingProgram
 from prime_jax.train.state import build_graph
 from prime_jax.train.step import Metrics
 from prime_jax.train.trackers import open_trackers
-from prime_jax.train.validate import SplitPredictor, Validator
+from prime_jax.train.validate import SplitPredictor, Validated, Validator
 
 
 @dataclass(frozen=True)
@@ -166,9 +166,9 @@ class _Run:
                     stop = any_process(interrupt.asked)
                 # 3. validate and save
                 validation_due = epoch_ends and self._validation_due(step)
-                scores = self._validate(step) if validation_due else {}
+                found = self._validate(step) if validation_due else Validated({}, None)
                 if validation_due or stop or self._save_due(step):
-                    self._save(step, scores)
+                    self._save(step, found)
                     self.speed.start()
                 # 4. new negatives where an epoch begins
                 if epoch_ends and step < self.total_steps:
@@ -232,7 +232,7 @@ class _Run:
         known = checkpoints.latest(self.out)
         if step > 1 and (known is None or known.step != step - 1):
             self.state = replace(self.state, halted=jnp.zeros_like(self.state.halted))
-            self._save(step - 1, {})
+            self._save(step - 1, Validated({}, None))
             self.saver.wait()
         raise PredictorError(
             f"loss {metrics['loss']} and gradient norm {metrics['gradient_norm']} in step {step}: training "
@@ -241,10 +241,11 @@ class _Run:
             "lower train.learning-rate usually helps."
         )
 
-    def _validate(self, step: int) -> dict[str, float]:
-        scores = self.validate(self.state)
+    def _validate(self, step: int) -> Validated:
+        found = self.validate(self.state)
+        scores = found.scores
         if not scores:  # another process has them
-            return {}
+            return found
         self.history.add({"step": step, "epoch": self._epoch(step), **scores})
         self.tracker.log(step, scores)
         last = next(row for row in reversed(self.history.rows) if "loss" in row)
@@ -259,12 +260,12 @@ class _Run:
                 f"predictions are collapsing: they spread in {scores['rank']:.0f} directions, the targets in "
                 f"{self.validate.target_rank:.0f}; a higher train.temperature or more negatives may help"
             )
-        return scores
+        return found
 
-    def _save(self, step: int, scores: Mapping[str, float]) -> None:
-        facts = {"epoch": self._epoch(step), "metrics": scores, **self.facts}
+    def _save(self, step: int, found: Validated) -> None:
+        facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
         facts["select_by"] = self.config.train.select_by
-        self.saver.save(self.state, self.config, facts, self.mined)
+        self.saver.save(self.state, self.config, facts, self.mined, found.confidence)
         if is_main():
             self.history.write_csv()
             plot_curves(self.history, self.validate.plain_query, self.out / "curves.png")

@@ -1,16 +1,21 @@
-"""Validation during training: search the corpus with the predictions, rank, average."""
+"""Validation during training: search the corpus with the predictions, rank, average, judge."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset, gather
+from prime_jax.models.confidence import Confidence
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import search
+from prime_jax.train import calibration
 from prime_jax.train.collective import is_main
 from prime_jax.train.sharding import by_rows, replicated, spread_out
 from prime_jax.train.state import Graph, TrainState
@@ -20,29 +25,58 @@ ROWS = 256
 UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train, where dev has both kinds
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
+FAMILIAR = 4096  # training examples that a confidence knows the kind of
 
 Scores = dict[str, float]
 Vectors = Float32[np.ndarray, "n E"]
 
 
-class SplitPredictor:
-    """Predicts a whole split with given parameters, on all devices, some rows at a time; compiled once."""
+class Validated(NamedTuple):
+    """What a validation found; both empty in all processes but the first.
 
-    def __init__(self, graph: Graph, data: EmbeddedDataset, split: str, mesh: Mesh):
+    Attributes:
+        scores: Mean ranking metrics of the predictions and their effective `rank`.
+        confidence: How far predictions can be trusted, fitted on the split.
+    """
+
+    scores: Scores
+    confidence: Confidence | None
+
+
+class SplitPredictor:
+    """Predicts a split with given parameters, on all devices, some rows at a time; compiled once.
+
+    Args:
+        graph: Structure of the model.
+        data: The dataset.
+        split: Name of the split.
+        mesh: The devices.
+        examples: Which examples of it, in order; None for all.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        data: EmbeddedDataset,
+        split: str,
+        mesh: Mesh,
+        examples: Int64[np.ndarray, " n"] | None = None,
+    ):
         def forward(params: object, context: Array, query: Array, mask: Array) -> Array:
             predicted: Array = nnx.merge(graph, params)(context, query, mask)
             return predicted
 
         self._mesh, self._store, self._split = mesh, data.store, data.splits[split]
+        self._examples = np.arange(len(self._split)) if examples is None else examples
         self._predict = jax.jit(forward, out_shardings=replicated(mesh))
 
     def __call__(self, state: TrainState) -> Vectors:
-        """Unit-norm predictions of every example, in order, in every process."""
-        split, count, devices = self._split, len(self._split), self._mesh.size
+        """Unit-norm predictions, in every process."""
+        split, count, devices = self._split, len(self._examples), self._mesh.size
         rows = -(-min(ROWS, count) // devices) * devices
         parts = []
         for start in range(0, count, rows):
-            chunk = np.arange(start, start + rows) % count  # the last one wraps; the surplus is dropped
+            chunk = self._examples[np.arange(start, start + rows) % count]  # wraps; the surplus is dropped
             context, mask = gather(self._store, split.context_rows[chunk])
             query = self._store[split.query_rows[chunk]]
             inputs = spread_out((context, query, mask), by_rows(self._mesh))
@@ -62,25 +96,48 @@ class Validator:
         self._predictor = SplitPredictor(graph, data, split, mesh)
         self._data, self._split, self._mesh = data, data.splits[split], mesh
         self._corpus = data.corpus()
-        fresh = unseen(self._split.positives, data.splits["train"].positives)
+        trained = data.splits["train"]
+        few = np.random.default_rng(0).permutation(len(trained))[:FAMILIAR]
+        self._predict_train = SplitPredictor(graph, data, "train", mesh, np.sort(few))
+        self._query_centres = calibration.centres_of(data.store[trained.query_rows[np.sort(few)]])
+        fresh = unseen(self._split.positives, trained.positives)
         self._fresh = fresh if 0 < fresh.sum() < len(fresh) else None
-        self.plain_query = self._score(data.store[self._split.query_rows], self._corpus)
+        self._plain = self._measured(data.store[self._split.query_rows], self._corpus)
+        self.plain_query = self._means(self._plain)
         self.target_rank = effective_rank(self._corpus[[ids[0] for ids in self._split.positives]])
 
-    def __call__(self, state: TrainState) -> Scores:
-        """Mean ranking metrics of the predictions and their effective `rank`, in the first process alone."""
-        predicted = self._predictor(state)
+    def __call__(self, state: TrainState) -> Validated:
+        """Score the predictions of a state, and fit how far they can be trusted."""
+        predicted, trained = self._predictor(state), self._predict_train(state)
         head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
         if not is_main():
-            return {}
+            return Validated({}, None)
         corpus = self._corpus if head is None else map_memory(head, self._corpus)
-        return {**self._score(predicted, corpus), "rank": effective_rank(predicted)}
+        metrics = self._measured(predicted, corpus)
+        scores = {**self._means(metrics), "rank": effective_rank(predicted)}
+        return Validated(scores, self._confidence(predicted, trained, metrics))
 
     def collapsing(self, scores: Scores) -> bool:
         """Whether predictions have much fewer directions than the targets."""
         return scores["rank"] < COLLAPSED * self.target_rank
 
-    def _score(self, vectors: Vectors, corpus: Float32[np.ndarray, "M E"]) -> Scores:
+    def _confidence(
+        self, predicted: Vectors, trained: Float32[np.ndarray, "m E"], metrics: Mapping[str, Any]
+    ) -> Confidence:
+        context, mask, query = self._split.arrays(self._data.store)
+        return calibration.fit(
+            context,
+            mask,
+            query,
+            predicted,
+            hit=metrics["P@5"] > 0,
+            gain=metrics["MRR@10"] - self._plain["MRR@10"],
+            query_centres=self._query_centres,
+            answer_centres=calibration.centres_of(trained),
+        )
+
+    def _measured(self, vectors: Vectors, corpus: Float32[np.ndarray, "M E"]) -> dict[str, Any]:
+        """Every ranking metric of every query."""
         _, found = search(
             vectors,
             corpus,
@@ -89,7 +146,9 @@ class Validator:
             query_scope=self._split.scope,
             corpus_scope=self._data.corpus_scope,
         )
-        metrics = ranking_metrics(found, self._split.positives)
+        return ranking_metrics(found, self._split.positives)
+
+    def _means(self, metrics: Mapping[str, Any]) -> Scores:
         scores = {name: float(np.mean(values)) for name, values in metrics.items()}
         if self._fresh is not None:
             scores |= {f"unseen {name}": float(np.mean(metrics[name][self._fresh])) for name in UNSEEN}

@@ -42,6 +42,7 @@ class FakeRun(Predictor):
     encoder: str = "words@1"
     data_hash: str = ""
     target_head: None = None
+    confidence: None = None
 
     def info(self):
         return {"encoder": self.encoder, "data_hash": self.data_hash, "step": 3}

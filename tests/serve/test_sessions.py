@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Served
-from predictors import D, N
+from conftest import Serve, Served
+from predictors import D, N, calibrated, conversations, make
 
-from prime_jax.errors import OverloadedError
+from prime_jax.errors import OverloadedError, PredictorError
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.session import Session
 from prime_jax.serve.sessions import NoSuchSessionError, Sessions
@@ -47,6 +47,43 @@ def test_a_conversation_from_start_to_end(served: Served) -> None:
     gone = served.client.get(path)
     assert gone.status_code == 404
     assert "there is no such session" in gone.json()["error"]
+
+
+def test_a_session_is_guarded_and_confident_like_a_single_request(serve: Serve) -> None:
+    model = make(context_attention="causal", residual="copy", use_torch_compile=False)
+    with serve(Predictor(model, confidence=calibrated(model)), max_sessions=1) as served:
+        assert served.client.get("/health").json()["guard"] is True
+        context, query, mask = conversations(N + 1)
+        turns = context[-1][mask[-1]]
+        for asked in (query[-1], np.roll(query[-1], D // 2)):  # a typical and a foreign query
+            path = start(served)
+            for turn in turns:
+                served.client.post(f"{path}/turns", json={"turn_embedding": turn.tolist()})
+            found = served.client.post(f"{path}/predict", json={"query_embedding": asked.tolist()}).json()
+            body = {"context_embeddings": turns.tolist(), "query_embedding": asked.tolist()}
+            alone = served.client.post("/predict", json=body).json()
+            expected = served.predictor.answer(turns, asked)
+            for answer in (found, alone):
+                np.testing.assert_allclose(answer["predicted_embedding"], expected.embedding, atol=1e-5)
+                assert answer["confidence"] == pytest.approx(float(expected.confidence), abs=1e-4)
+            served.client.delete(path)
+
+
+def test_the_guard_can_be_turned_off_but_not_on_without_a_calibration(
+    serve: Serve, predictor: Predictor
+) -> None:
+    model = make(residual="copy", use_torch_compile=False)
+    with serve(Predictor(model, confidence=calibrated(model)), guard="off") as served:
+        assert served.client.get("/health").json()["guard"] is False
+        _, (query, *_), _ = conversations(1)
+        foreign, turn = np.roll(query, D // 2), TURNS[0]
+        body = {"context_embeddings": [turn.tolist()], "query_embedding": foreign.tolist()}
+        found = served.client.post("/predict", json=body).json()
+        expected = served.predictor.predict(turn[None], foreign)
+        np.testing.assert_allclose(found["predicted_embedding"], expected, atol=1e-5)
+        assert found["confidence"] is not None
+    with pytest.raises(PredictorError, match="carries no calibration"), serve(predictor, guard="on"):
+        pass
 
 
 def test_a_state_moves_to_another_session(served: Served) -> None:

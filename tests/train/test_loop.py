@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+import prime_jax
 from prime_jax.config import Config, read_config
 from prime_jax.errors import CheckpointError, ConfigError, PredictorError
 from prime_jax.train import checkpoints, loop, program, validate
@@ -62,6 +63,13 @@ def test_a_run_learns_and_leaves_everything_behind(
     kept = checkpoints.list_checkpoints(run)
     assert kept[-1].step == 40
     assert checkpoints.best(run).score == max(row["MRR@10"] for row in validation)
+    predictor = prime_jax.load(run, precision="float32")
+    assert predictor.confidence is not None  # fitted on dev and kept with the checkpoint
+    foreign = np.zeros(24, np.float32)
+    foreign[-1] = 1
+    answer = predictor.answer(np.zeros((0, 24), np.float32), foreign)
+    assert answer.confidence is not None
+    assert 0 < answer.confidence < 1
     assert len(kept) <= 2
 
 

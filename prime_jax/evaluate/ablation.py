@@ -1,0 +1,67 @@
+"""What does the prediction owe to its parts? The trained model with one of them taken away."""
+
+from collections.abc import Callable, Mapping
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy import ndarray
+
+from prime_jax.evaluate.arrays import Split
+from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.predict.predictor import Predictor
+
+_Part = Callable[[Predictor, Split], ndarray]
+
+
+def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarray]:
+    """Predictions `[Q, E]` for a split, by what was taken away.
+
+    `no context`: without turns; `other context`: with the turns of a random other query; `no query`: a zero
+    vector in its place; `no residual`: what the network adds, alone (only for models with a residual). A part
+    that is taken away from a trained model costs at least as much as it would cost a model that was trained
+    without it.
+
+    Args:
+        predictor: The trained model.
+        test: The split.
+        seed: Of who gets whose turns.
+    """
+    nothing = np.zeros_like(test.mask)
+    others = _derangement(len(test.query), seed)
+    found = {
+        "no context": predictor.predict(test.context, test.query, nothing),
+        "other context": predictor.predict(test.context[others], test.query, test.mask[others]),
+        "no query": predictor.predict(test.context, np.zeros_like(test.query), test.mask),
+    }
+    if predictor.model.config.residual != "none":
+        alone = Predictor.from_model(without_residual(predictor.model), precision="float32")
+        found["no residual"] = alone.predict(test.context, test.query, test.mask)
+    return found
+
+
+def without_residual(model: EmbeddingPredictor) -> EmbeddingPredictor:
+    """The model that answers with what its network adds to the residual, and nothing else."""
+    config = model.config.model_copy(
+        update={"residual": "none", "max_delta": None, "use_torch_compile": False}
+    )
+    bare = config.build(rngs=nnx.Rngs(0))
+    weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    gate = weights.pop("residual_gate")
+    for name in ("copy_age", "copy_content"):
+        weights.pop(name, None)
+    # The answer is scaled to length 1, so of the gate only its sign is left.
+    sign = jnp.where(gate < 0, -1.0, 1.0)
+    weights["output_proj"] = {name: sign * value for name, value in weights["output_proj"].items()}
+    state = nnx.state(bare, nnx.Param)
+    nnx.replace_by_pure_dict(state, weights)
+    nnx.update(bare, state)
+    return bare
+
+
+def _derangement(count: int, seed: int) -> ndarray:
+    """A random order in which nothing stands where it stood (for two or more)."""
+    order = np.random.default_rng(seed).permutation(count)
+    places = np.empty(count, np.int64)
+    places[order] = np.roll(order, 1)
+    return places
