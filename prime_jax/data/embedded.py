@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64
@@ -13,6 +13,7 @@ from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError
 
 EMPTY = -1
+IN_MEMORY = 2**30  # bytes of passages that are held rather than read again
 
 
 @dataclass(frozen=True)
@@ -70,9 +71,10 @@ class EmbeddedDataset:
     splits: dict[str, EmbeddedSplit]
     data_hash: str
 
-    def corpus(self) -> Float32[np.ndarray, "M D"]:
-        """Embeddings of all passages, in memory."""
-        return self.store[self.corpus_rows]
+    def corpus(self) -> Any:
+        """Embeddings of all passages, `[M, D]`: an array while that is small, otherwise a `StoredRows`."""
+        passages = self.store.part(self.corpus_rows)
+        return passages[:] if passages.nbytes <= IN_MEMORY else passages
 
 
 def gather(

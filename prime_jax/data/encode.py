@@ -162,6 +162,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--encoder", default=MINILM, help="minilm, a model folder, or package.module:attribute"
     )
     parser.add_argument("--store", type=Path, help="root folder of stores; default: DIR/embeddings")
+    parser.add_argument(
+        "--dtype", choices=("float32", "float16"), help="of a new store; float16 takes half the room"
+    )
     parser.add_argument("--query-prefix", default="", help="put before queries and turns (E5, BGE)")
     parser.add_argument("--passage-prefix", default="", help="put before passages (E5)")
     options = parser.parse_args(argv)
@@ -184,7 +187,9 @@ def _run(options: argparse.Namespace) -> None:
         load_dataset(options.data), query_prefix=options.query_prefix, passage_prefix=options.passage_prefix
     )
     encoder = load_encoder(options.encoder)
-    store = EmbeddingStore.open(options.store or options.data / STORE, encoder.identity, encoder.dim)
+    store = EmbeddingStore.open(
+        options.store or options.data / STORE, encoder.identity, encoder.dim, options.dtype
+    )
     new = len(store.missing(texts))
     started = time.perf_counter()
     encode_texts(texts, encoder, store)

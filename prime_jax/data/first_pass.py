@@ -58,7 +58,7 @@ def first_pass(
     if not path.exists():
         _, found = search(
             store[query_rows],
-            store[corpus_rows],
+            store.part(corpus_rows),
             k,
             exclude=exclude,
             query_scope=query_scope,

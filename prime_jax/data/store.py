@@ -2,10 +2,11 @@
 
 A store is the folder `<root>/<encoder identity>/` holding
 
-- `shard-00000.safetensors`, ...: tensors `embeddings` `[n, dim]` float32 and `keys` `[n, 16]` uint8, where a
-  key is the first 128 bits of the SHA-256 of the UTF-8 text;
-- `index.json`: identity, dim and, per shard, its rows, bytes and SHA-256. Only shards listed here exist: one
-  that a killed process left unlisted is overwritten by the next.
+- `shard-00000.safetensors`, ...: tensors `embeddings` `[n, dim]` float32 (or float16, half the size, in a
+  store that was made so) and `keys` `[n, 16]` uint8, where a key is the first 128 bits of the SHA-256 of the
+  UTF-8 text;
+- `index.json`: identity, dim, dtype and, per shard, its rows, bytes and SHA-256. Only shards listed here
+  exist: one that a killed process left unlisted is overwritten by the next.
 
 Rows are numbered through the shards in order and never move, so a row found today is valid after later adds.
 """
@@ -29,6 +30,8 @@ from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 
 INDEX = "index.json"
+DType = Literal["float32", "float16"]
+_HEADER_NAME: dict[DType, str] = {"float32": "F32", "float16": "F16"}
 KEY_BYTES = 16
 
 
@@ -43,7 +46,12 @@ class _Index(Frozen):
     format_version: Literal[1] = 1
     identity: str
     dim: int = pydantic.Field(gt=0)
+    dtype: DType = "float32"
     shards: tuple[_Shard, ...] = ()
+
+    def written(self) -> dict[str, Any]:
+        """As it stands in the file. An index of float32 looks as it did when there was nothing else."""
+        return self.model_dump(exclude={"dtype"} if self.dtype == "float32" else None)
 
 
 def text_key(text: str) -> bytes:
@@ -70,33 +78,38 @@ class EmbeddingStore:
         self._root = root
         self._index = index
         self._row: dict[bytes, int] = {}
-        self._maps: list[npt.NDArray[np.float32]] = []
+        self._maps: list[npt.NDArray[Any]] = []
         self._starts: list[int] = []
         self._follow(index)
 
     @classmethod
-    def open(cls, folder: Path, identity: str, dim: int) -> "EmbeddingStore":
+    def open(cls, folder: Path, identity: str, dim: int, dtype: DType | None = None) -> "EmbeddingStore":
         """Open the store of encoder `identity` under `folder`, creating it when absent.
 
         Args:
             folder: Root of all stores, such as `data/embeddings`.
             identity: What the encoder calls itself; it changes whenever its embeddings would.
             dim: Width of the embeddings.
+            dtype: How they are kept; None takes what the store has, float32 for a new one.
 
         Raises:
-            DataError: If the index is damaged or of another identity or dim, or a listed shard is missing,
+            DataError: If the index is damaged or of another identity, dim or dtype, or a listed shard is
+            missing,
                 truncated or not a shard of this store. The message names the file.
         """
         path = _home(folder, identity) / INDEX
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):
             if not path.exists():
-                files.write_json(path, _Index(identity=identity, dim=dim).model_dump())
+                new = _Index(identity=identity, dim=dim, dtype=dtype or "float32")
+                files.write_json(path, new.written())
         index = _read_index(path)
         if index.identity != identity:
             raise DataError(f"{path}: holds embeddings of encoder {index.identity!r}, not of {identity!r}")
         if index.dim != dim:
             raise DataError(f"{path}: holds embeddings of {index.dim} dimensions, the encoder has {dim}")
+        if dtype not in (None, index.dtype):
+            raise DataError(f"{path}: keeps {index.dtype}, {dtype} was asked for; use another folder")
         return cls(folder, index)
 
     @property
@@ -110,9 +123,14 @@ class EmbeddingStore:
         return self._index.dim
 
     @property
+    def dtype(self) -> DType:
+        """How embeddings are kept on disk."""
+        return self._index.dtype
+
+    @property
     def hash(self) -> str:
         """SHA-256 over identity, dim and the hashes of all shards: names the exact content."""
-        content = json.dumps(self._index.model_dump(), sort_keys=True)
+        content = json.dumps(self._index.written(), sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -172,6 +190,10 @@ class EmbeddingStore:
             gathered[here] = self._maps[shard][flat[here] - self._starts[shard]]
         return gathered.reshape(*wanted.shape, self.dim)
 
+    def part(self, rows: Int[np.ndarray, " M"]) -> "StoredRows":
+        """Some rows as an array that is read when it is asked for."""
+        return StoredRows(self, rows)
+
     def add(self, texts: Sequence[str], embeddings: npt.NDArray[Any]) -> None:
         """Write embeddings as one new shard; safe against other processes that add at the same time.
 
@@ -189,10 +211,12 @@ class EmbeddingStore:
                 f"{self.folder}: embeddings of {len(texts)} texts must be float32 "
                 f"{(len(texts), self.dim)}, not {embeddings.dtype} {embeddings.shape}"
             )
-        broken = np.flatnonzero(~np.isfinite(embeddings).all(axis=1))
+        with np.errstate(over="ignore"):  # what becomes Inf is refused
+            broken = np.flatnonzero(~np.isfinite(embeddings.astype(self.dtype)).all(axis=1))
         if broken.size:
             raise DataError(
-                f"{self.folder}: the embedding of {_quote(texts[broken[0]])} holds NaN or Inf "
+                f"{self.folder}: the embedding of {_quote(texts[broken[0]])} holds NaN or Inf"
+                f"{' or a number too large for float16' if self.dtype == 'float16' else ''} "
                 f"({broken.size} of {len(texts)} do)"
             )
         position_of: dict[bytes, int] = {}
@@ -204,7 +228,7 @@ class EmbeddingStore:
             if fresh:
                 shard = self._write_shard(list(fresh), embeddings[list(fresh.values())])
                 index = self._index.model_copy(update={"shards": (*self._index.shards, shard)})
-                files.write_json(self.folder / INDEX, index.model_dump())
+                files.write_json(self.folder / INDEX, index.written())
                 self._follow(index)
 
     def verify(self) -> None:
@@ -222,7 +246,7 @@ class EmbeddingStore:
     def _write_shard(self, keys: list[bytes], embeddings: npt.NDArray[np.float32]) -> _Shard:
         name = f"shard-{len(self._index.shards):05d}.safetensors"
         tensors: dict[str, npt.NDArray[Any]] = {
-            "embeddings": np.ascontiguousarray(embeddings),
+            "embeddings": np.ascontiguousarray(embeddings, self.dtype),
             "keys": np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES),
         }
         with files.atomic_path(self.folder / name) as temporary:
@@ -237,7 +261,7 @@ class EmbeddingStore:
             raise DataError(f"{self.folder / INDEX}: shards were replaced while the store was open")
         for shard in index.shards[known:]:
             path = self.folder / shard.file
-            embeddings, keys = _map_shard(path, shard, index.dim)
+            embeddings, keys = _map_shard(path, shard, index.dim, index.dtype)
             start = len(self._row)
             self._row.update((key, start + row) for row, key in enumerate(keys))
             if len(self._row) != start + shard.rows:
@@ -245,6 +269,27 @@ class EmbeddingStore:
             self._maps.append(embeddings)
             self._starts.append(start)
         self._index = index
+
+
+class StoredRows:
+    """Rows of a store as an array `[M, D]` that is read from disk part by part, float32.
+
+    It takes what code that goes through a large array needs: `len`, `shape`, `dtype`, `ndim`, slices and
+    arrays of row numbers.
+    """
+
+    dtype, ndim = np.dtype(np.float32), 2
+
+    def __init__(self, store: EmbeddingStore, rows: Int[np.ndarray, " M"]):
+        self._store, self._rows = store, rows
+        self.shape = (len(rows), store.dim)
+        self.nbytes = len(rows) * store.dim * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, wanted: Any) -> npt.NDArray[np.float32]:
+        return self._store[self._rows[wanted]]
 
 
 def _home(root: Path, identity: str) -> Path:
@@ -263,7 +308,7 @@ def _read_index(path: Path) -> _Index:
         raise DataError(f"{path}: not an index of an embedding store ({place}: {first['msg']})") from None
 
 
-def _map_shard(path: Path, shard: _Shard, dim: int) -> tuple[npt.NDArray[np.float32], list[bytes]]:
+def _map_shard(path: Path, shard: _Shard, dim: int, kept: DType) -> tuple[npt.NDArray[Any], list[bytes]]:
     """Map the embeddings of a shard and read its keys, after checking size and header."""
     if not path.is_file():
         raise DataError(f"{path}: listed in {INDEX} but missing")
@@ -276,7 +321,7 @@ def _map_shard(path: Path, shard: _Shard, dim: int) -> tuple[npt.NDArray[np.floa
             header = json.loads(stream.read(length) if length < size else b"")
             places = [
                 _place(header[name], dtype, [shard.rows, width], size - 8 - length)
-                for name, dtype, width in (("embeddings", "F32", dim), ("keys", "U8", KEY_BYTES))
+                for name, dtype, width in (("embeddings", _HEADER_NAME[kept], dim), ("keys", "U8", KEY_BYTES))
             ]
         except (KeyError, TypeError, ValueError):
             raise DataError(
@@ -284,14 +329,15 @@ def _map_shard(path: Path, shard: _Shard, dim: int) -> tuple[npt.NDArray[np.floa
             ) from None
         stream.seek(8 + length + places[1])
         packed = stream.read(shard.rows * KEY_BYTES)
-    embeddings = np.memmap(path, "<f4", "r", offset=8 + length + places[0], shape=(shard.rows, dim))
+    little = np.dtype(kept).newbyteorder("<")
+    embeddings = np.memmap(path, little, "r", offset=8 + length + places[0], shape=(shard.rows, dim))
     return embeddings, [packed[at : at + KEY_BYTES] for at in range(0, len(packed), KEY_BYTES)]
 
 
 def _place(entry: dict[str, Any], dtype: str, shape: list[int], available: int) -> int:
     """Where a tensor begins after the header; ValueError unless it is what we expect."""
     begin, end = entry["data_offsets"]
-    width = 4 if dtype == "F32" else 1
+    width = {"F32": 4, "F16": 2, "U8": 1}[dtype]
     fits = begin >= 0 and end <= available and end - begin == shape[0] * shape[1] * width
     if entry["dtype"] != dtype or entry["shape"] != shape or not fits:
         raise ValueError(entry)

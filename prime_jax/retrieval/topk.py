@@ -1,39 +1,59 @@
 """Exact search: the k rows of a corpus with the largest inner product, in chunks of one fixed shape.
 
 Memory is bounded by one chunk of the corpus plus the queries, whatever the size of the corpus, which may be a
-`np.memmap`. Every chunk has the same padded shape, so a search compiles one program.
+`np.memmap` or anything else that gives slices. Every chunk has the same padded shape, so a search compiles
+one program. On several devices each takes its share of a chunk.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from functools import cache
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Int32
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Float32, Int32
 
 from prime_jax.errors import DataError
 
 _EMPTY = -1
+_SHARED = "rows"  # name of the axis of devices
 
 
-@partial(jax.jit, static_argnames="k", donate_argnames=("best", "best_row"))
-def _merge_chunk(
-    best: Float32[Array, "q k"],
-    best_row: Int32[Array, "q k"],
+@runtime_checkable
+class Rows(Protocol):
+    """What is searched: `[M, E]`, in memory, memory-mapped, or read from elsewhere slice by slice."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """M and E."""
+
+    @property
+    def dtype(self) -> Any:
+        """float32 or float16."""
+
+    def __len__(self) -> int:
+        """M."""
+
+    def __getitem__(self, wanted: Any) -> Any:
+        """Some rows, as a slice or by number."""
+
+
+def _best_of_chunk(
     query: Float32[Array, "q E"],
-    chunk: Float32[Array, "m E"],
+    chunk: Float[Array, "m E"],
     start: Int32[Array, ""],
-    rows: Int32[Array, ""],
+    stop: Int32[Array, ""],
     excluded: Int32[Array, "q X"] | None,
     query_scope: Int32[Array, " q"] | None,
     chunk_scope: Int32[Array, " m"] | None,
-    *,
     k: int,
-) -> tuple[Float32[Array, "q k"], Int32[Array, "q k"]]:
-    """Merge the best rows of one corpus chunk (rows start, start + 1, ...) into the best rows so far."""
-    scores = jnp.matmul(query, chunk.T, precision=jax.lax.Precision.HIGHEST)
-    allowed = (jnp.arange(chunk.shape[0]) < rows)[None, :]
+) -> tuple[Float32[Array, "q l"], Int32[Array, "q l"]]:
+    """Scores and rows of the best of a chunk that holds the rows from `start` on, real ones before `stop`."""
+    scores = jnp.matmul(query, chunk.astype(jnp.float32).T, precision=jax.lax.Precision.HIGHEST)
+    allowed = (jnp.arange(chunk.shape[0]) < stop - start)[None, :]
     if query_scope is not None and chunk_scope is not None:
         allowed = allowed & (query_scope[:, None] == chunk_scope[None, :])
     scores = jnp.where(allowed, scores, -jnp.inf)
@@ -42,11 +62,40 @@ def _merge_chunk(
         column = jnp.where(excluded >= start, excluded - start, chunk.shape[0])
         scores = scores.at[jnp.arange(query.shape[0])[:, None], column].set(-jnp.inf, mode="drop")
     top, position = jax.lax.top_k(scores, min(k, chunk.shape[0]))
-    # Earlier chunks stand first, and top_k prefers the first of equals: ties go to the lower corpus row.
-    both = jnp.concatenate([best, top], axis=1)
-    both_row = jnp.concatenate([best_row, position.astype(jnp.int32) + start], axis=1)
-    merged, order = jax.lax.top_k(both, k)
-    return merged, jnp.take_along_axis(both_row, order, axis=1)
+    return top, position.astype(jnp.int32) + start
+
+
+@cache
+def _merging(mesh: Mesh | None, k: int) -> Any:
+    """The compiled step that merges the best rows of one chunk into the best rows so far."""
+
+    def merge(
+        best: Float32[Array, "q k"],
+        best_row: Int32[Array, "q k"],
+        query: Float32[Array, "q E"],
+        chunk: Float[Array, "m E"],
+        start: Int32[Array, ""],
+        stop: Int32[Array, ""],
+        excluded: Int32[Array, "q X"] | None,
+        query_scope: Int32[Array, " q"] | None,
+        chunk_scope: Int32[Array, " m"] | None,
+    ) -> tuple[Float32[Array, "q k"], Int32[Array, "q k"]]:
+        if mesh is not None:
+            start = start + jax.lax.axis_index(_SHARED) * chunk.shape[0]
+        top, row = _best_of_chunk(query, chunk, start, stop, excluded, query_scope, chunk_scope, k)
+        if mesh is not None:
+            top, row = (jax.lax.all_gather(each, _SHARED, axis=1, tiled=True) for each in (top, row))
+        # Earlier rows stand first, and top_k prefers the first of equals: ties go to the lower corpus row.
+        both, both_row = jnp.concatenate([best, top], axis=1), jnp.concatenate([best_row, row], axis=1)
+        merged, order = jax.lax.top_k(both, k)
+        return merged, jnp.take_along_axis(both_row, order, axis=1)
+
+    if mesh is None:
+        return jax.jit(merge, donate_argnums=(0, 1))
+    whole, shared = P(), P(_SHARED)
+    shares = (whole, whole, whole, shared, whole, whole, whole, whole, shared)
+    together = jax.shard_map(merge, mesh=mesh, in_specs=shares, out_specs=(whole, whole), check_vma=False)
+    return jax.jit(together, donate_argnums=(0, 1))
 
 
 def _chunk_rows(rows: int, limit: int, floor: int = 16) -> int:
@@ -69,12 +118,16 @@ def _largest(name: str, values: np.ndarray, first_row: int) -> float:
     return largest
 
 
-def _check(queries: np.ndarray, corpus: np.ndarray, k: int) -> None:
-    for name, values in (("queries", queries), ("corpus", corpus)):
-        if values.ndim != 2:
+def _check(queries: np.ndarray, corpus: Rows, k: int) -> None:
+    some: tuple[tuple[str, Any, tuple[str, ...]], ...] = (
+        ("queries", queries, ("float32",)),
+        ("corpus", corpus, ("float32", "float16")),
+    )
+    for name, values, dtypes in some:
+        if len(values.shape) != 2:
             raise DataError(f"search: {name} must have two axes [rows, E], the shape is {values.shape}")
-        if values.dtype != np.float32:
-            raise DataError(f"search: {name} must be float32, the dtype is {values.dtype}")
+        if values.dtype not in dtypes:
+            raise DataError(f"search: {name} must be {' or '.join(dtypes)}, the dtype is {values.dtype}")
     if queries.shape[1] != corpus.shape[1]:
         raise DataError(f"search: queries have {queries.shape[1]} dimensions, the corpus {corpus.shape[1]}")
     if not 0 < len(corpus) < np.iinfo(np.int32).max:
@@ -103,17 +156,17 @@ def _excluded_rows(
     return rows if any(len(entry) for entry in rows) else None
 
 
-def _excluded_parts(excluded: list[np.ndarray] | None, starts: range, rows: int) -> list[Array | None]:
+def _excluded_parts(excluded: list[np.ndarray] | None, starts: range, rows: int) -> list[np.ndarray | None]:
     """Excluded rows per chunk of queries, `[rows, X]`, -1 where empty; X is one power of two for all."""
     if excluded is None:
         return [None] * len(starts)
     width = _chunk_rows(max(map(len, excluded)), limit=np.iinfo(np.int32).max, floor=4)
-    parts: list[Array | None] = []
+    parts: list[np.ndarray | None] = []
     for start in starts:
         table = np.full((rows, width), _EMPTY, np.int32)
         for number, entry in enumerate(excluded[start : start + rows]):
             table[number, : len(entry)] = entry
-        parts.append(jnp.asarray(table))
+        parts.append(table)
     return parts
 
 
@@ -142,9 +195,20 @@ def _scope_codes(
     return codes[:queries], codes[queries:]
 
 
+def _placing(devices: Sequence[jax.Device] | None) -> tuple[Mesh | None, Any, Any]:
+    """The devices that share a search (None for one), where its queries go, and where its passages go."""
+    if devices is None:
+        devices = jax.local_devices()
+        devices = devices[:1] if devices[0].platform == "cpu" else devices
+    if len(devices) == 1:
+        return None, devices[0], devices[0]
+    mesh = Mesh(np.asarray(devices), (_SHARED,))
+    return mesh, NamedSharding(mesh, P()), NamedSharding(mesh, P(_SHARED))
+
+
 def search(
     queries: np.ndarray,
-    corpus: np.ndarray,
+    corpus: Rows,
     k: int,
     *,
     exclude: Sequence[np.ndarray] | None = None,
@@ -152,6 +216,7 @@ def search(
     corpus_scope: np.ndarray | None = None,
     query_chunk: int = 256,
     corpus_chunk: int = 8192,
+    devices: Sequence[jax.Device] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k corpus rows with the largest inner product with each query, exactly.
 
@@ -160,13 +225,15 @@ def search(
 
     Args:
         queries: `[Q, E]` float32.
-        corpus: `[M, E]` float32; may be a `np.memmap`, it is read once, chunk by chunk.
+        corpus: `[M, E]` float32 or float16; may be a `np.memmap` or another `Rows`, it is read once, chunk by
+            chunk, and compared in float32.
         k: How many rows to return; may be larger than M.
         exclude: For each query the corpus rows that must never be returned for it.
         query_scope: `[Q]` integers or strings; with `corpus_scope`, only rows of the same scope are returned.
         corpus_scope: `[M]`, of the same kind as `query_scope`.
         query_chunk: Queries scored at a time.
-        corpus_chunk: Corpus rows scored at a time.
+        corpus_chunk: Corpus rows scored at a time, on each device.
+        devices: What shares the work; None takes all of this process, but a single one where they are CPUs.
 
     Returns:
         Scores float32 `[Q, k]`, descending, and corpus rows int64 `[Q, k]`.
@@ -176,33 +243,42 @@ def search(
             row that does not exist, or scopes of which one is missing.
     """
     queries = np.asarray(queries)
-    corpus = corpus if isinstance(corpus, np.ndarray) else np.asarray(corpus)
+    corpus = corpus if hasattr(corpus, "dtype") else np.asarray(corpus)
     _check(queries, corpus, k)
     Q, M = len(queries), len(corpus)
     excluded = _excluded_rows(exclude, Q, M)
     query_codes, corpus_codes = _scope_codes(query_scope, corpus_scope, Q, M)
     query_limit = _largest("queries", queries, 0)
-    q, m = _chunk_rows(Q, query_chunk), _chunk_rows(M, corpus_chunk)
+    mesh, placed, shared = _placing(devices)
+    count = 1 if mesh is None else mesh.size
+    q, m = _chunk_rows(Q, query_chunk), count * _chunk_rows(-(-M // count), corpus_chunk)
+    merge = _merging(mesh, k)
 
     starts = range(0, Q, q)
-    query_parts = [jnp.asarray(_pad(queries[at : at + q], q)) for at in starts]
+    query_parts = [jax.device_put(_pad(queries[at : at + q], q), placed) for at in starts]
     scope_parts = [
-        None if query_codes is None else jnp.asarray(_pad(query_codes[at : at + q], q)) for at in starts
+        None if query_codes is None else jax.device_put(_pad(query_codes[at : at + q], q), placed)
+        for at in starts
     ]
-    excluded_parts = _excluded_parts(excluded, starts, q)
-    best = [(jnp.full((q, k), -jnp.inf), jnp.full((q, k), _EMPTY, jnp.int32)) for _ in starts]
+    excluded_parts = [
+        None if part is None else jax.device_put(part, placed)
+        for part in _excluded_parts(excluded, starts, q)
+    ]
+    nothing = np.full((q, k), -np.inf, np.float32), np.full((q, k), _EMPTY, np.int32)
+    best = [tuple(jax.device_put(each, placed) for each in nothing) for _ in starts]
     for start in range(0, M, m):
         rows = np.asarray(corpus[start : start + m])
         if _largest("corpus", rows, start) * query_limit * queries.shape[1] > float(np.finfo(np.float32).max):
             raise DataError("search: the values are so large that inner products overflow float32")
-        chunk = jnp.asarray(_pad(rows, m))
-        chunk_scope = None if corpus_codes is None else jnp.asarray(_pad(corpus_codes[start : start + m], m))
+        chunk = jax.device_put(_pad(rows, m), shared)
+        chunk_scope = None
+        if corpus_codes is not None:
+            chunk_scope = jax.device_put(_pad(corpus_codes[start : start + m], m), shared)
+        stop = np.int32(start + len(rows))
         for part, (query, scope, seen) in enumerate(
             zip(query_parts, scope_parts, excluded_parts, strict=True)
         ):
-            best[part] = _merge_chunk(
-                *best[part], query, chunk, np.int32(start), np.int32(len(rows)), seen, scope, chunk_scope, k=k
-            )
+            best[part] = merge(*best[part], query, chunk, np.int32(start), stop, seen, scope, chunk_scope)
     if not best:
         return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
     scores = np.concatenate([np.asarray(score) for score, _ in best])[:Q]

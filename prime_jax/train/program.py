@@ -62,7 +62,7 @@ class TrainingProgram:
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
         self._corpus: Corpus | None = None
         if settings.negatives == "corpus":
-            self._corpus = in_chunks(data.corpus(), settings.corpus_chunk, self.mesh)
+            self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh)
         self._compiled: Any = None
 
     def initial_state(self, weights: Any | None = None) -> TrainState:

@@ -14,7 +14,7 @@ from prime_jax.models.confidence import Confidence
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.retrieval.novelty import unseen
-from prime_jax.retrieval.topk import search
+from prime_jax.retrieval.topk import Rows, search
 from prime_jax.train import calibration
 from prime_jax.train.collective import is_main
 from prime_jax.train.sharding import by_rows, replicated, spread_out
@@ -136,7 +136,7 @@ class Validator:
             answer_centres=calibration.centres_of(trained),
         )
 
-    def _measured(self, vectors: Vectors, corpus: Float32[np.ndarray, "M E"]) -> dict[str, Any]:
+    def _measured(self, vectors: Vectors, corpus: Rows) -> dict[str, Any]:
         """Every ranking metric of every query."""
         _, found = search(
             vectors,

@@ -272,3 +272,40 @@ class TestDamage:
         path.write_text(json.dumps(index | {"shards": index["shards"][1:]}))
         with pytest.raises(DataError, match="replaced while the store was open"):
             store.add(["d"], vectors(4))
+
+
+class TestHalfPrecision:
+    def test_is_kept_on_disk_and_read_as_single(self, tmp_path: Path) -> None:
+        made = EmbeddingStore.open(tmp_path, "enc/v1", DIM, "float16")
+        made.add(["a", "b"], np.array([[0.1, 1, 2], [3, 4, 5]], np.float32))
+        again = open_store(tmp_path)  # takes what is there
+        assert again.dtype == "float16"
+        found = again[again.rows(["b", "a"])]
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, np.array([[3, 4, 5], [0.1, 1, 2]], np.float16))
+        kept = load_file(next(again.folder.glob("shard-*")))
+        assert kept["embeddings"].dtype == np.float16
+
+    def test_cannot_be_mixed(self, store: EmbeddingStore, tmp_path: Path) -> None:
+        assert store.dtype == "float32"
+        with pytest.raises(DataError, match="keeps float32, float16 was asked for"):
+            EmbeddingStore.open(tmp_path, "enc/v1", DIM, "float16")
+
+    def test_refuses_what_it_cannot_hold(self, tmp_path: Path) -> None:
+        made = EmbeddingStore.open(tmp_path, "enc/v1", DIM, "float16")
+        with pytest.raises(DataError, match="too large for float16"):
+            made.add(["a"], vectors(1e5))
+        assert len(made) == 0
+
+    def test_a_store_of_single_precision_looks_as_it_always_did(self, store: EmbeddingStore) -> None:
+        """Its index and its hash, which checkpoints and kept searches are named by."""
+        assert "dtype" not in json.loads((store.folder / "index.json").read_text())
+
+
+def test_some_rows_are_an_array_that_is_read_in_parts(store: EmbeddingStore) -> None:
+    part = store.part(np.array([2, 0, 1]))
+    assert (part.shape, part.ndim, part.dtype, len(part)) == ((3, DIM), 2, np.float32, 3)
+    np.testing.assert_array_equal(part[:], vectors(3, 1, 2))
+    np.testing.assert_array_equal(part[1:], vectors(1, 2))
+    np.testing.assert_array_equal(part[np.array([[0], [2]])], vectors(3, 2)[:, None])
+    np.testing.assert_array_equal(part[[2]], vectors(2))

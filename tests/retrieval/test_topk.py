@@ -1,6 +1,7 @@
 import itertools
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -105,11 +106,37 @@ def test_reads_a_memory_map(tmp_path: Path):
     np.testing.assert_array_equal(found, np.argsort(-(corpus[:3] @ corpus.T), axis=1, kind="stable")[:, :5])
 
 
+def test_half_precision_is_compared_in_single_precision() -> None:
+    rng = np.random.default_rng(5)
+    corpus = rng.normal(size=(300, 24)).astype(np.float16)
+    queries = rng.normal(size=(7, 24)).astype(np.float32)
+    halves = search(queries, corpus, 10, corpus_chunk=64)
+    singles = search(queries, corpus.astype(np.float32), 10, corpus_chunk=64)
+    for half, single in zip(halves, singles, strict=True):
+        np.testing.assert_array_equal(half, single)
+
+
+@pytest.mark.parametrize("rows", [3, 100, 301])
+@pytest.mark.parametrize("count", [2, 8])
+def test_devices_that_share_the_work_change_nothing(rows: int, count: int) -> None:
+    """Ties, exclusions and scopes included, whether or not every device gets a full share."""
+    rng = np.random.default_rng(6)
+    corpus = rng.integers(-2, 3, (rows, 4)).astype(np.float32)
+    queries = rng.integers(-2, 3, (9, 4)).astype(np.float32)
+    exclude = [rng.integers(0, rows, size) for size in range(9)]
+    scopes = {"query_scope": rng.integers(0, 2, 9), "corpus_scope": rng.integers(0, 2, rows)}
+    alone = search(queries, corpus, 7, exclude=exclude, corpus_chunk=16, **scopes)
+    devices = jax.local_devices()[:count]
+    shared = search(queries, corpus, 7, exclude=exclude, corpus_chunk=16, devices=devices, **scopes)
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 NAN_ROW = np.array([[0, 0], [np.nan, 0]], np.float32)
 BAD = {
     "two axes": {"queries": QUERIES[0]},
     "queries must be float32, the dtype is float64": {"queries": QUERIES.astype(np.float64)},
-    "corpus must be float32": {"corpus": CORPUS.astype(np.float16)},
+    "corpus must be float32 or float16, the dtype is int64": {"corpus": CORPUS.astype(np.int64)},
     "queries have 1 dimensions, the corpus 2": {"queries": QUERIES[:, :1]},
     "at least one": {"corpus": CORPUS[:0]},
     "k must be at least 1, it is 0": {"k": 0},
