@@ -45,6 +45,7 @@ Figures = Mapping[str, ndarray]
 class Opened(NamedTuple):
     """A data folder as arrays; of the queries of dev which are new, and which belong together."""
 
+    hash: str
     splits: Mapping[str, Split]
     corpus: Corpus
     fresh: ndarray
@@ -69,7 +70,7 @@ def opened(config: Config, unseen_key: str | None) -> Opened:
     if unseen_key is not None:
         fresh = np.array([bool(example.extra[unseen_key]) for example in examples])
     corpus = Corpus(embedded.corpus(), embedded.corpus_scope)
-    return Opened(splits, corpus, fresh, conversations(examples))
+    return Opened(dataset.hash, splits, corpus, fresh, conversations(examples))
 
 
 def measured(vectors: ndarray, data: Opened) -> Figures:
@@ -134,6 +135,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     common = [f"--data.path={given.data}", *shared]
     data = opened(read_config(given.config, common), given.unseen)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
+    same = {"data_hash": data.hash, "config": given.config.name, "settings": shared}
+    if any(result.get(name, value) != value for name, value in same.items()):
+        parser.error(f"{given.out} holds a study of other data or settings; choose another file")
     rivals: dict[str, Figures] = {}
     described_rivals: dict[str, Any] = {}
     for baseline in baselines(data.splits["train"], data.splits["dev"], data.corpus):
@@ -150,8 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "unseen": int(data.fresh.sum()),
         "groups": len(np.unique(data.groups)),
         "passages": len(data.corpus.embeddings),
-        "config": given.config.name,
-        "settings": shared,
+        **same,
         "baselines": described_rivals,
         **facts("jax", "flax", "optax"),
     }
