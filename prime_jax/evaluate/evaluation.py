@@ -12,6 +12,7 @@ from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import (
     Baseline,
     Settings,
+    average_feedback,
     last_turn_concat,
     mean_context,
     query,
@@ -118,7 +119,7 @@ def baselines(train: Split, dev: Split, corpus: Corpus) -> list[Baseline]:
             f"baselines: queries have {dev.query.shape[1]} dimensions, "
             f"passages {corpus.embeddings.shape[1]}; a baseline needs both in one space"
         )
-    some = [query(), mean_context(), recency_mix(), rocchio(corpus)]
+    some = [query(), mean_context(), recency_mix(), average_feedback(corpus), rocchio(corpus)]
     if dev.last_turn is not None:
         some.append(last_turn_concat())
     return [*some, ridge(train, corpus), ridge_context(train, corpus)]
@@ -134,7 +135,7 @@ def evaluate_methods(
     corpus: Corpus,
     seed: int,
     groups: Shaped[ndarray, " Q"] | None = None,
-    memory: Float32[ndarray, "M E"] | None = None,
+    memory: Corpus | None = None,
     judged: Judged | None = None,
     ablated: Mapping[str, ndarray] | None = None,
 ) -> Evaluation:
@@ -172,7 +173,7 @@ def evaluate_methods(
                 vectors, test, corpus, seed, groups, settings, len(baseline.grid), dev_mrr
             )
             advance(1, baseline.name)
-    searched = corpus if memory is None else corpus._replace(embeddings=memory)
+    searched = memory or corpus
     methods[PREDICTED] = ours = _measure(predicted, test, searched, seed, groups, {})
     significance = {
         name: {

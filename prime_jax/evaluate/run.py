@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -25,6 +26,8 @@ from prime_jax.evaluate.report import Texts, write_report
 from prime_jax.evaluate.significance import linked
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
+from prime_jax.retrieval.indexes import IndexKind, open_index
+from prime_jax.retrieval.topk import Rows
 
 _PACKAGES = ("prime-jax", "jax", "flax", "numpy", "scipy", "ir-measures")
 _TUNING = ("train", "dev")
@@ -39,6 +42,7 @@ def evaluate_run(
     store: Path | None = None,
     seed: int = 0,
     ablation: bool = False,
+    index: IndexKind = "exact",
 ) -> dict[str, Any]:
     """Measure a run on a split beside tuned baselines, write the report and return what report.json holds.
 
@@ -50,6 +54,7 @@ def evaluate_run(
         store: Embedding store; None means the run's, or `embeddings/` in the data folder.
         seed: Seed of the bootstrap and the permutation test.
         ablation: Measure the model with parts of it taken away, too.
+        index: What searches (`prime_jax.retrieval.indexes`); all but `exact` need the extra `search`.
 
     Raises:
         CheckpointError: If the run is missing or damaged.
@@ -60,22 +65,29 @@ def evaluate_run(
     opened = open_data(predictor, run, data, tuple(dict.fromkeys((*_TUNING, split))), store=store)
     dataset, embedded, encoder, source = opened
     splits = split_arrays(dataset, embedded, encoder, source)
-    test, passages = splits[split], embedded.corpus()
+    test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
     predicted = predictor.predict(test.context, test.query, test.mask)
-    evaluation = evaluate_methods(
-        split,
-        test,
-        predicted,
-        train=splits["train"],
-        dev=splits["dev"],
-        corpus=Corpus(passages, embedded.corpus_scope),
-        memory=None if predictor.target_head is None else predictor.map_memory(passages),
-        seed=seed,
-        groups=conversations(dataset.splits[split]),
-        judged=_judged(predictor, test, predicted),
-        ablated=ablated(predictor, test, seed) if ablation else None,
-    )
-    facts = _facts(predictor.info(), dataset, embedded, encoder)
+    with ExitStack() as opened_indexes:
+
+        def searchable(embeddings: Rows) -> Corpus:
+            return Corpus(
+                embeddings, scope, opened_indexes.enter_context(open_index(index, embeddings, scope))
+            )
+
+        evaluation = evaluate_methods(
+            split,
+            test,
+            predicted,
+            train=splits["train"],
+            dev=splits["dev"],
+            corpus=searchable(passages),
+            memory=None if predictor.target_head is None else searchable(predictor.map_memory(passages)),
+            seed=seed,
+            groups=conversations(dataset.splits[split]),
+            judged=_judged(predictor, test, predicted),
+            ablated=ablated(predictor, test, seed) if ablation else None,
+        )
+    facts = {"index": index, **_facts(predictor.info(), dataset, embedded, encoder)}
     return write_report(out, evaluation, _texts(dataset, split), facts)
 
 

@@ -202,9 +202,11 @@ def settings_table(values: Mapping[str, Any]) -> tuple[list[str], list[list[str]
 def measured(values: Mapping[str, Any]) -> str:
     """One paragraph: on what the numbers were measured and how."""
     own = " That is the split measured here, which favours the baselines." if values["split"] == "dev" else ""
+    index = values.get("index", "exact")
+    how = "exactly" if index == "exact" else f"with the index {index!r}"
     return (
         f"Split {values['split']}: {values['queries']:,} questions in {values['groups']:,} independent "
-        f"groups, searched exactly among {values['corpus']:,} passages. Linear baselines were fitted on "
+        f"groups, searched {how} among {values['corpus']:,} passages. Linear baselines were fitted on "
         f"train, and every baseline was tuned for MRR@10 on dev.{own} Intervals are 95% paired bootstrap "
         "intervals, p-values come from a paired permutation test; both take the questions of one "
         f"conversation or document as one unit ({DRAWS:,} draws, seed {values['seed']}). Chance is what a "

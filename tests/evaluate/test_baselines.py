@@ -63,6 +63,15 @@ def test_rocchio_by_hand():
     np.testing.assert_allclose(found, [unit(EAST + unit(EAST + NORTH)), EAST], atol=1e-6)
 
 
+def test_average_feedback_by_hand():
+    corpus = Corpus(np.stack([EAST, unit(EAST + NORTH), UP]))
+    on = SPLIT._replace(exclude=[np.array([0]), np.array([], np.int64)])
+    found = vectors(baselines.average_feedback(corpus), on, k=2)
+    # The mean of the query and of the two passages nearest to it that it may see.
+    second = unit(EAST + NORTH)
+    np.testing.assert_allclose(found, [unit(EAST + second + UP), unit(EAST + EAST + second)], atol=1e-6)
+
+
 def test_rocchio_averages_only_what_was_found():
     corpus = Corpus(np.stack([NORTH, UP]), np.array([0, 1]))
     on = SPLIT._replace(scope=np.array([0, 2]))

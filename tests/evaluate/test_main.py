@@ -93,6 +93,18 @@ def command(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return SimpleNamespace(start=start, out=tmp_path / "report")
 
 
+def test_an_index_that_is_exact_gives_the_same_report(command) -> None:
+    reports = []
+    for index in ("exact", "faiss"):
+        assert command.start(FakeRun(), "--index", index) == 0
+        reports.append(json.loads((command.out / "report.json").read_text()))
+    exact, other = reports
+    for name, scores in exact["methods"].items():
+        assert other["methods"][name] == pytest.approx(scores), name
+    assert (exact["index"], other["index"]) == ("exact", "faiss")
+    assert "searched with the index 'faiss'" in (command.out / "report.md").read_text()
+
+
 def test_writes_the_report_and_prints_the_table(command, prepared: Path, capsys: pytest.CaptureFixture[str]):
     trained_on = load_dataset(prepared, ("train", "dev")).hash
     assert command.start(FakeRun(data_hash=trained_on)) == 0
