@@ -12,6 +12,7 @@ is in it already is not run again.
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -110,7 +111,8 @@ def one_run(config: Config, data: Opened) -> tuple[Figures, dict[str, Any]]:
     """Train once; the figures of its best checkpoint on dev."""
     dev, started = data.splits["dev"], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        train(config, Path(folder) / "run")
+        if train(config, Path(folder) / "run").interrupted:
+            sys.exit("stopped; go on with the same command")
         predictor = load(Path(folder) / "run", precision="float32")
         figures = measured(predictor.predict(dev.context, dev.query, dev.mask), data)
         step = predictor.info()["step"]

@@ -6,8 +6,10 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from string import ascii_lowercase
 from typing import Any
 
+import numpy as np
 import pytest
 
 from prime_jax.config import read_config
@@ -251,6 +253,42 @@ def test_a_beir_folder_without_judgements_is_refused(
     assert "qrels: holds none of train.tsv, dev.tsv and test.tsv" in capsys.readouterr().err
     assert recipe("prepare_beir")([str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
     assert "corpus.jsonl: the file is missing" in capsys.readouterr().err
+
+
+class ByLetters:
+    """Counts letters: texts that share many are near."""
+
+    identity, dim = "letters@1", 26
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        counts = np.array([[text.lower().count(letter) for letter in ascii_lowercase] for text in texts])
+        return (counts / np.linalg.norm(counts, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_next_hop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The right passage nearest to the question is given, the others are to be found."""
+    source, out = tmp_path / "facts", tmp_path / "out"
+    source.mkdir()
+    texts = {"a": "zzz", "b": "abc abd", "c": "qqq"}
+    as_lines(source / "corpus.jsonl", [{"id": name, "text": text} for name, text in texts.items()])
+    rows = [
+        {"id": "two", "context": ["t"], "query": "abc", "positives": ["a", "b", "c"]},
+        {"id": "one", "context": [], "query": "abc", "positives": ["a"]},
+    ]
+    for split in ("train", "dev"):
+        as_lines(source / f"{split}.jsonl", rows)
+    monkeypatch.setattr("prime_jax.data.encode.load_encoder", lambda name: ByLetters())
+    passages, examples = made("prepare_next_hop", source, out)
+    assert passages == texts
+    for split in ("train", "dev"):
+        (example,) = examples[split].values()
+        assert (example.id, example.context) == ("two", ("t", "abc abd"))
+        assert (example.positives, example.exclude) == (("a", "c"), ("b",))
+
+
+def test_next_hop_of_an_empty_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert recipe("prepare_next_hop")([str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no train.jsonl" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["hotpotqa", "msmarco", "natural_questions", "qrecc", "topiocqa"])

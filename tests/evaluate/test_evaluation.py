@@ -13,7 +13,8 @@ from prime_jax.evaluate.words import headline, p_words
 
 def test_methods_and_their_numbers(evaluation: Evaluation):
     assert list(evaluation.methods) == [
-        "query", "mean_context", "recency_mix", "average_prf", "rocchio", "ridge", "ridge_context", "predicted",
+        "query", "mean_context", "recency_mix", "average_prf", "rocchio", "ridge", "ridge_context",
+        "predicted",
     ]  # fmt: skip
     groups = np.arange(24) // 2
     ours = evaluation.methods["predicted"].metrics
