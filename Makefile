@@ -63,7 +63,7 @@ quickstart: $(STAMP_RUN)  ## Train a predictor on real text and report how much 
 	@echo "3/5  Train the predictor"
 	$(PY) -m prime_jax.train --config configs/quickstart.yaml --out $(RUN)
 	@echo "4/5  Compare searching with the prediction against searching without it"
-	$(PY) -m prime_jax.evaluate --run $(RUN) --data $(RUN)/data --split test --out $(RUN)/report
+	$(PY) -m prime_jax.evaluate --run $(RUN) --data $(RUN)/data --split test --out $(RUN)/report --ablation
 	@echo "5/5  Export to ONNX and PyTorch, and check that both give the same numbers"
 	$(PY) -m prime_jax.export --run $(RUN) --out $(RUN)/bundle
 	@echo "Done. Open $(RUN)/report/report.html; the exported model is in $(RUN)/bundle."

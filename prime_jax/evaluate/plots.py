@@ -170,7 +170,7 @@ def _reliability(axes: "Axes", evaluation: Evaluation) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:.0%}")
     axes.set_xlabel("confidence")
-    axes.set_ylabel("questions with a right passage in the first 5")
+    axes.set_ylabel("with a right passage in the first 5")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False, loc="upper left")
 
@@ -178,9 +178,7 @@ def _reliability(axes: "Axes", evaluation: Evaluation) -> None:
 def _selective(axes: "Axes", evaluation: Evaluation) -> None:
     found = evaluation.reliability
     assert found is not None
-    axes.plot(
-        COVERAGE, found.selective["P@5"], color=_ACCENT, lw=2, label="all questions, the query for the rest"
-    )
+    axes.plot(COVERAGE, found.selective["P@5"], color=_ACCENT, lw=2, label="all, with the query for the rest")
     axes.plot(COVERAGE, found.confident["P@5"], color=_SECOND, lw=2, label="the confident predictions alone")
     axes.axhline(found.selective["P@5"][0], color=_GREY, lw=1, ls="--", label="query")
     axes.set_xlim(0, 1)

@@ -14,7 +14,7 @@ from numpy import ndarray
 from scipy.stats import rankdata
 
 BINS = 10
-FEWEST = 20  # queries in a bin
+FEWEST = 50  # queries in a bin; fewer would measure chance
 DRAWS = 200
 COVERAGE = np.linspace(0, 1, 21)
 

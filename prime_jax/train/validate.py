@@ -25,7 +25,7 @@ ROWS = 256
 UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train, where dev has both kinds
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
-FAMILIAR = 4096  # training examples that a confidence knows the kind of
+FAMILIAR = 2048  # training examples that a confidence knows the kind of
 
 Scores = dict[str, float]
 Vectors = Float32[np.ndarray, "n E"]

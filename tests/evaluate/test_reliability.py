@@ -19,16 +19,16 @@ def metrics(hits: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def test_the_calibration_error_by_hand() -> None:
-    """Twenty queries said 0.2 of which 8 are right, twenty said 0.9 of which 16 are: errors 0.2 and 0.1."""
-    said = np.repeat([0.2, 0.9], 20).astype(np.float32)
-    right = np.concatenate([np.arange(20) < 8, np.arange(20) < 16])
+    """Fifty queries said 0.2 of which 20 are right, fifty said 0.9 of which 40 are: errors 0.2 and 0.1."""
+    said = np.repeat([0.2, 0.9], 50).astype(np.float32)
+    right = np.concatenate([np.arange(50) < 20, np.arange(50) < 40])
     assert calibration_error(said, right) == pytest.approx(0.15)
     found = reliability(said, metrics(right), metrics(0 * right), ("P@5",), seed=0)
     np.testing.assert_allclose(found.said, [0.2, 0.9], rtol=1e-6)
     np.testing.assert_allclose(found.found, [0.4, 0.8])
-    assert found.counts.tolist() == [20, 20]
-    assert found.brier == pytest.approx((12 * 0.04 + 8 * 0.64 + 16 * 0.01 + 4 * 0.81) / 40)
-    assert found.auc == pytest.approx((16 * 12 + (8 * 12 + 16 * 4) / 2) / (24 * 16))
+    assert found.counts.tolist() == [50, 50]
+    assert found.brier == pytest.approx((30 * 0.04 + 20 * 0.64 + 40 * 0.01 + 10 * 0.81) / 100)
+    assert found.auc == pytest.approx((40 * 30 + (20 * 30 + 40 * 10) / 2) / (60 * 40))
 
 
 def test_a_perfect_confidence_shows_the_error_of_chance_alone() -> None:
