@@ -24,8 +24,9 @@ from prime_jax.data.prepare import prepare
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.evaluation import COMPARED, DEPTH
 from prime_jax.evaluate.run import split_arrays
-from prime_jax.evaluate.significance import compare, interval, linked
+from prime_jax.evaluate.significance import compare, interval
 from prime_jax.files import write_json
+from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.train.__main__ import main as train
 

@@ -36,6 +36,7 @@ from prime_jax.evaluate.significance import compare
 from prime_jax.files import read_json, write_json
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.retrieval.novelty import unseen
+from prime_jax.retrieval.topk import Rows
 from prime_jax.train.loop import train
 
 METRICS = ("P@5", "R@10", "MRR@10", "nDCG@10")
@@ -57,13 +58,18 @@ def opened(config: Config, unseen_key: str | None) -> Opened:
     """Train and dev, encoded (once; the store is kept beside the data)."""
     assert config.data.path is not None
     source, encoder = config.data, load_encoder(config.data.encoder)
-    dataset, store = prepare(Path(config.data.path), ("train", "dev"), encoder)
+    prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
+    folder = None if source.store is None else Path(source.store)
+    dataset, store = prepare(
+        Path(config.data.path), ("train", "dev"), encoder, store_folder=folder, **prefixes
+    )
     embedded = embed_dataset(
         dataset,
         store,
         max_context_length=config.model.max_context_length,
         context_from=source.context_from,
         first_pass_k=source.first_pass_k,
+        **prefixes,
     )
     splits = split_arrays(dataset, embedded, encoder, source)
     examples = dataset.splits["dev"]
@@ -74,10 +80,11 @@ def opened(config: Config, unseen_key: str | None) -> Opened:
     return Opened(dataset.hash, splits, corpus, fresh, conversations(examples))
 
 
-def measured(vectors: ndarray, data: Opened) -> Figures:
-    """Every metric of every query of dev."""
+def measured(vectors: ndarray, data: Opened, memory: Rows | None = None) -> Figures:
+    """Every metric of every query of dev; `memory` are the passages where a trained head maps them."""
     dev = data.splits["dev"]
-    found = retrieve(vectors, dev, data.corpus, 10)[1]
+    corpus = data.corpus if memory is None else data.corpus._replace(embeddings=memory)
+    found = retrieve(vectors, dev, corpus, 10)[1]
     return ranking_metrics(found, dev.positives)
 
 
@@ -114,7 +121,8 @@ def one_run(config: Config, data: Opened) -> tuple[Figures, dict[str, Any]]:
         if train(config, Path(folder) / "run").interrupted:
             sys.exit("stopped; go on with the same command")
         predictor = load(Path(folder) / "run", precision="float32")
-        figures = measured(predictor.predict(dev.context, dev.query, dev.mask), data)
+        memory = predictor.map_memory(data.corpus.embeddings)
+        figures = measured(predictor.predict(dev.context, dev.query, dev.mask), data, memory)
         step = predictor.info()["step"]
     spent = time.perf_counter() - started
     return figures, {"seed": config.train.seed, "best_step": step, "seconds": round(spent)}
@@ -135,9 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     if wrong := [word for word in given.variants if ":" not in word]:
         parser.error(f"{wrong[0]!r} is neither NAME: SETTINGS nor a setting such as --train.seed=1")
     common = [f"--data.path={given.data}", *shared]
-    data = opened(read_config(given.config, common), given.unseen)
+    base = read_config(given.config, common)
+    data = opened(base, given.unseen)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
-    same = {"data_hash": data.hash, "config": given.config.name, "settings": shared}
+    told = base.model_dump(exclude={"data": {"path", "store"}})
+    same = {"data_hash": data.hash, "seeds": given.seeds, "unseen_key": given.unseen, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")
     rivals: dict[str, Figures] = {}
@@ -163,11 +173,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     for variant in given.variants:
         name, _, words = variant.partition(":")
         if name in result.get("variants", {}):
+            if result["variants"][name]["settings"] != words.split():
+                parser.error(f"{given.out} holds another variant {name!r}; give this one another name")
             continue
-        runs = [
-            one_run(read_config(given.config, [*common, *words.split(), f"--train.seed={seed}"]), data)
+        configs = [
+            read_config(given.config, [*common, *words.split(), f"--train.seed={seed}"])
             for seed in given.seeds
         ]
+        if (
+            configs[0].data != base.data
+            or configs[0].model.max_context_length != base.model.max_context_length
+        ):
+            parser.error(f"{name}: changes what is read; make that a study of its own, with another --out")
+        runs = [one_run(config, data) for config in configs]
         mean = {metric: np.mean([figures[metric] for figures, _ in runs], axis=0) for metric in METRICS}
         means = described(mean, data.fresh)
         seeds = [{**about, **described(figures, data.fresh)} for figures, about in runs]

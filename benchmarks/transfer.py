@@ -81,7 +81,7 @@ def judged(run: Path, home: str, sets: Mapping[str, Opened], plain: Mapping[str,
             "guarded_against_query": against,
             "trust": float(trust.mean()),
         }
-        if name == home:
+        if name == home and len(np.unique(data.groups)) >= FOLDS:
             said = left_out(confidence, data, predicted, raw)
             good = reliability(said, raw, plain[name], METRICS, seed=0)
             row["confidence"] = {
@@ -102,7 +102,8 @@ def judged(run: Path, home: str, sets: Mapping[str, Opened], plain: Mapping[str,
 def told(metric: str, row: Mapping[str, Any]) -> str:
     """Query, prediction and guarded prediction, and what the guarded one is worth."""
     query, raw, served = (row[name][metric] for name in ("query", "predicted", "guarded"))
-    return f"{metric}: query {query:.3f} predicted {raw:.3f} guarded {served:.3f} ({served / query - 1:+.1%})"
+    change = f" ({served / query - 1:+.1%})" if query else ""
+    return f"{metric}: query {query:.3f} predicted {raw:.3f} guarded {served:.3f}{change}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -62,6 +62,7 @@ class EmbeddedDataset:
         corpus_scope: Scope code of each passage, -1 for none, `[M]`.
         splits: The splits by name.
         data_hash: `Dataset.hash` of the texts.
+        context_from: Where the turns come from.
     """
 
     store: EmbeddingStore
@@ -70,6 +71,7 @@ class EmbeddedDataset:
     corpus_scope: Int32[np.ndarray, " M"]
     splits: dict[str, EmbeddedSplit]
     data_hash: str
+    context_from: Literal["data", "search"] = "data"
 
     def corpus(self) -> Any:
         """Embeddings of all passages, `[M, D]`: an array while that is small, otherwise a `StoredRows`."""
@@ -165,6 +167,7 @@ def embed_dataset(
         corpus_scope=corpus_scope,
         splits=splits,
         data_hash=dataset.hash,
+        context_from=context_from,
     )
 
 

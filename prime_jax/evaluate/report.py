@@ -92,7 +92,8 @@ def _confidence(evaluation: Evaluation) -> dict[str, Any] | None:
         "coverage": COVERAGE.round(2).tolist(),
         "selective": {name: values.round(6).tolist() for name, values in found.selective.items()},
         "confident": {
-            name: [None, *values[1:].round(6).tolist()] for name, values in found.confident.items()
+            name: [None if np.isnan(value) else round(float(value), 6) for value in values]
+            for name, values in found.confident.items()
         },
     }
 

@@ -23,9 +23,9 @@ from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.reliability import Judged
 from prime_jax.evaluate.report import Texts, write_report
-from prime_jax.evaluate.significance import linked
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
+from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.indexes import IndexKind, open_index
 from prime_jax.retrieval.topk import Rows
 

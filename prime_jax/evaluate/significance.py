@@ -5,13 +5,12 @@ likely to answer its neighbours well. Treating them as independent makes interva
 small. Where groups are given, whole groups are resampled and whole groups change sign, the honest unit.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64, Shaped
+from jaxtyping import Float, Shaped
 from numpy import ndarray
-from scipy import sparse, stats
+from scipy import stats
 
 from prime_jax.errors import DataError
 
@@ -91,21 +90,6 @@ def interval(
         DataError: As `compare`.
     """
     return _interval(*_group_sums(values, groups), seed)
-
-
-def linked(items: Sequence[Iterable[Hashable]]) -> Int64[ndarray, " Q"]:
-    """Group labels for queries that share an item, directly or through others (connected components).
-
-    With the texts of its turns as items, this finds the queries of one conversation or document without being
-    told; a phrase common to two conversations joins them, which errs on the careful side.
-    """
-    number: dict[Hashable, int] = {}
-    pairs = [(row, number.setdefault(item, len(number))) for row, some in enumerate(items) for item in some]
-    rows, columns = np.array(pairs, np.int64).reshape(-1, 2).T
-    size = len(items) + len(number)
-    graph = sparse.coo_array((np.ones(len(pairs)), (rows, columns + len(items))), shape=(size, size))
-    labels = sparse.csgraph.connected_components(graph, directed=False)[1][: len(items)]
-    return np.unique(labels, return_inverse=True)[1].astype(np.int64)
 
 
 def _group_sums(values: ndarray, groups: ndarray | None) -> tuple[ndarray, ndarray]:

@@ -150,14 +150,14 @@ def confidence_words(values: Mapping[str, Any]) -> list[str]:
     )
     own = " It was fitted on the very split measured here." if values["split"] == "dev" else ""
     half = found["coverage"].index(0.5)
-    best = found["selective"]["P@5"]
+    best, kept = found["selective"]["P@5"], found["confident"]["P@5"][half]
+    alone = "" if kept is None else f"; the predictions of that half alone reach {kept:.3f}"
     told = [
         "Confidence is the probability of a right passage among the first five. Expected calibration error "
         f"{found['ece']:.3f}; a perfect confidence would show {found['ece_by_chance']:.3f} on so few "
         f"questions.{own}{auc}",
         f"If only the more confident half of the predictions is used and the query for the rest, P@5 is "
-        f"{best[half]:.3f} (query alone {best[0]:.3f}, predictions alone {best[-1]:.3f}); the predictions of "
-        f"that half alone reach {found['confident']['P@5'][half]:.3f}.",
+        f"{best[half]:.3f} (query alone {best[0]:.3f}, predictions alone {best[-1]:.3f}){alone}.",
     ]
     if guard := values["guard"]:
         told.append(

@@ -146,7 +146,10 @@ def mix(
     """
     share = trust[:, None]
     drawn = unit(share * predicted + (1 - share) * fallback)
-    return np.where(share < 1, drawn, predicted).astype(np.float32)
+    there = (share < 1) & (
+        np.linalg.norm(drawn, axis=1, keepdims=True) > 0
+    )  # a zero query is none to go back to
+    return np.where(there, drawn, predicted).astype(np.float32)
 
 
 def features(
@@ -166,6 +169,22 @@ def features(
     centre of predictions for them. A cosine that does not exist (no turns, or answers in another space than
     queries) is 0.
     """
+    if len(query) > _ROWS:  # some rows at a time: unit-norm turns are copies
+        parts = [slice(start, start + _ROWS) for start in range(0, len(query), _ROWS)]
+        return np.concatenate(
+            [
+                features(
+                    context[part],
+                    mask[part],
+                    query[part],
+                    predicted[part],
+                    query_centres,
+                    answer_centres,
+                    max_turns,
+                )
+                for part in parts
+            ]
+        )
     asked = unit(query)
     turns = unit(np.where(mask[..., None], context, 0))
     count = mask.sum(axis=1)

@@ -276,13 +276,14 @@ class Predictor:
         self._drop_unused()
         self._warmup_seconds = time.perf_counter() - started
 
-    def map_memory(self, embeddings: Vectors) -> Vectors:
+    def map_memory(self, embeddings: Any) -> Any:
         """Passages of a memory as the predictions expect them, `[M, E]`: what to index and search.
 
         They are the encoder's embeddings unchanged, unless the run trained a target head (`train.target`).
 
         Args:
-            embeddings: Unit-norm embeddings of the passages, float32, `[M, E]`.
+            embeddings: Unit-norm embeddings of the passages, float32, `[M, E]`. Rows that are read in parts
+                are mapped in parts.
         """
         return embeddings if self.target_head is None else map_memory(self.target_head, embeddings)
 

@@ -123,8 +123,15 @@ class PredictorOutput(Frozen):
         default=None,
         ge=0,
         le=1,
-        description="calibrated probability that the right passage is among the first five; null while the "
-        "checkpoint carries no calibration",
+        description="calibrated probability that the right passage is among the first five that the "
+        "prediction finds; null while the checkpoint carries no calibration",
+    )
+    trust: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="how much of the prediction is in the embedding: 1 all of it, 0 the query alone; null "
+        "where nothing guards",
     )
 
     @property
@@ -133,11 +140,14 @@ class PredictorOutput(Frozen):
         return _embedding(self.predicted_embedding)
 
     @classmethod
-    def of(cls, vector: np.ndarray, encoding: Encoding, confidence: Any = None) -> "PredictorOutput":
+    def of(
+        cls, vector: np.ndarray, encoding: Encoding, confidence: Any = None, trust: Any = None
+    ) -> "PredictorOutput":
         """The answer that carries `vector` `[E]` in the form asked for."""
         return cls(
             predicted_embedding=to_base64(vector) if encoding == "base64" else vector.tolist(),
             confidence=None if confidence is None else float(confidence),
+            trust=None if trust is None else float(trust),
         )
 
 

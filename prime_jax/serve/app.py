@@ -1,6 +1,7 @@
 """The HTTP door: POST /predict, /sessions, GET /health, /metrics; OpenAPI under /docs and /openapi.json."""
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Annotated, Any, TypeVar
@@ -25,6 +26,7 @@ from prime_jax.serve.sessions import NoSuchSessionError, Sessions
 from prime_jax.serve.settings import ServeSettings
 
 T = TypeVar("T")
+_LOG = logging.getLogger(__name__)
 
 
 class Turn(Frozen):
@@ -62,6 +64,12 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     guard = settings.guards(predictor.confidence is not None and config.input_dim == config.output_dim)
     if guard:
         check_guard(config, predictor.confidence)  # refused now, not at the first request
+    used = not (guard and predictor.confidence is not None and predictor.confidence.strength[0] == 0)
+    if not used:
+        _LOG.warning(
+            "validation did not show that these predictions beat the plain query, so the guard serves the "
+            "plain query always; --guard off serves predictions"
+        )
     metrics = Metrics()
     batcher = predictor.batcher(
         max_delay_ms=settings.max_delay_ms, max_queue=settings.max_queue, on_call=metrics.batch.observe
@@ -94,7 +102,7 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """What is served. The server listens only once everything is compiled, so an answer means ready."""
-        return {"status": "ok", "guard": guard, **_facts(predictor)}
+        return {"status": "ok", "guard": guard, "predictions_used": used, **_facts(predictor)}
 
     @app.get("/metrics", include_in_schema=False)
     async def figures() -> Response:
@@ -204,8 +212,8 @@ def _judged(
 ) -> PredictorOutput:
     """The prediction `[E]` for turns `[n, D]` and a query `[D]`, guarded if asked for; its confidence."""
     request = checked(predictor.model.config, context, query)
-    vector, sure, _ = predictor.judge(request, vector[None], guard=guard).first()
-    return PredictorOutput.of(vector, encoding, sure)
+    vector, sure, trust = predictor.judge(request, vector[None], guard=guard).first()
+    return PredictorOutput.of(vector, encoding, sure, trust if guard else None)
 
 
 def _length(session: Any) -> int:

@@ -3,18 +3,18 @@
 The probability is a logistic regression of few features with a little ridge, fitted on whether dev queries
 found a right passage among their first five. The guard's ramp comes from how near dev queries lie to the
 centres of the training queries; the guard only ever lets predictions through when dev shows that they beat
-the plain query (one-sided paired test on the reciprocal rank, p < 0.05).
+the plain query (one-sided test of the reciprocal rank, whole conversations as units, p < 0.01).
 """
 
 import warnings
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from numpy import ndarray
 from scipy.cluster.vq import kmeans2
 from scipy.optimize import minimize
 from scipy.special import expit
-from scipy.stats import ttest_rel
+from scipy.stats import ttest_1samp
 
 from prime_jax.models.confidence import Confidence, Vectors, features, nearest, unit
 
@@ -22,18 +22,19 @@ CENTRES = 64
 QUERIES_PER_CENTRE = 10  # fewer could be told apart in the file
 RAMP = (0.05, 0.2)  # shares of dev queries that are not trusted at all, and not fully
 RIDGE = 1.0
-LEVEL = 0.05
+LEVEL = 0.01
+FEWEST_GROUPS = 10
 
 
 def centres_of(vectors: Vectors, seed: int = 0) -> Float[ndarray, "K D"]:
-    """Unit-norm centres of vectors (k-means++), each the mean of ten or more of them where there are so many.
+    """Unit-norm centres of vectors (k-means++), each the mean of ten or more different ones, or of all.
 
     Args:
         vectors: Any length, `[n, D]`.
         seed: Of the first centres.
     """
     random = np.random.default_rng(seed)
-    directions = unit(vectors).astype(np.float64)
+    directions = np.unique(unit(vectors), axis=0).astype(np.float64)  # a text asked twice counts once
     count = max(1, min(CENTRES, len(directions) // (2 * QUERIES_PER_CENTRE)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a cluster that ends up empty is left out below
@@ -51,6 +52,7 @@ def fit(
     *,
     hit: Bool[ndarray, " B"],
     gain: Float[ndarray, " B"],
+    groups: Shaped[ndarray, " B"] | None = None,
     query_centres: Float[ndarray, "K D"],
     answer_centres: Float[ndarray, "L E"],
 ) -> Confidence:
@@ -62,7 +64,8 @@ def fit(
         query: The queries.
         predicted: The predictions, unit norm.
         hit: Whether each found a right passage among its first five.
-        gain: Reciprocal rank of each prediction less that of its plain query.
+        gain: Reciprocal rank of each prediction less that of what the guard falls back to.
+        groups: Labels of queries that depend on each other, such as those of one conversation.
         query_centres: Of training queries (`centres_of`).
         answer_centres: Of the predictions for them.
     """
@@ -74,7 +77,6 @@ def fit(
     scale = np.where(scale > 1e-6, scale, 1.0)
     weights, bias = _logistic((values - mean) / scale, hit.astype(np.float64))
     low, high = np.quantile(nearest(query, query_centres), RAMP)
-    better = len(gain) > 1 and bool(ttest_rel(gain, 0 * gain, alternative="greater").pvalue < LEVEL)
     return Confidence(
         weights=weights.astype(np.float32),
         bias=np.asarray([bias], np.float32),
@@ -84,10 +86,21 @@ def fit(
         high=values.max(axis=0).astype(np.float32),
         query_centres=query_centres,
         answer_centres=answer_centres,
-        ramp=np.asarray([low, max(high, low + 1e-3)], np.float32),
-        strength=np.asarray([better], np.float32),
+        ramp=np.asarray([min(low, high - 1e-3), high], np.float32),
+        strength=np.asarray([_surely_positive(gain, groups)], np.float32),
         max_turns=np.asarray([max_turns], np.float32),
     )
+
+
+def _surely_positive(gain: Float[ndarray, " B"], groups: Shaped[ndarray, " B"] | None) -> bool:
+    """Whether a gain is more than chance (one-sided t-test of what groups of queries gain in all)."""
+    if groups is not None:
+        labels = np.unique(groups, return_inverse=True)[1]
+        if labels.max() + 1 >= FEWEST_GROUPS:  # fewer say nothing, as when one phrase links all conversations
+            gain = np.bincount(labels, gain)
+    if len(gain) < 2 or gain.std() == 0:
+        return False
+    return bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < LEVEL)
 
 
 def _logistic(values: Float[ndarray, "B F"], hit: Float[ndarray, " B"]) -> tuple[ndarray, float]:

@@ -10,8 +10,9 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset, gather
-from prime_jax.models.confidence import Confidence
+from prime_jax.models.confidence import Confidence, unit
 from prime_jax.nn.target_head import map_memory
+from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import Rows, search
@@ -102,6 +103,9 @@ class Validator:
         self._query_centres = calibration.centres_of(data.store[trained.query_rows[np.sort(few)]])
         fresh = unseen(self._split.positives, trained.positives)
         self._fresh = fresh if 0 < fresh.sum() < len(fresh) else None
+        turns = self._split.context_rows if data.context_from == "data" else self._split.context_rows[:, :0]
+        asked = np.concatenate([turns, self._split.query_rows[:, None]], axis=1)
+        self._groups = linked([row[row >= 0].tolist() for row in asked])
         self._plain = self._measured(data.store[self._split.query_rows], self._corpus)
         self.plain_query = self._means(self._plain)
         self.target_rank = effective_rank(self._corpus[[ids[0] for ids in self._split.positives]])
@@ -112,17 +116,25 @@ class Validator:
         head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None)
-        corpus = self._corpus if head is None else map_memory(head, self._corpus)
+        corpus, fallback = self._corpus, self._plain
+        if head is not None:  # what a guard falls back to is mapped as well
+            corpus = map_memory(head, self._corpus)
+            query = unit(self._data.store[self._split.query_rows]).astype(np.float32)
+            fallback = self._measured(map_memory(head, query), corpus)
         metrics = self._measured(predicted, corpus)
         scores = {**self._means(metrics), "rank": effective_rank(predicted)}
-        return Validated(scores, self._confidence(predicted, trained, metrics))
+        return Validated(scores, self._confidence(predicted, trained, metrics, fallback))
 
     def collapsing(self, scores: Scores) -> bool:
         """Whether predictions have much fewer directions than the targets."""
         return scores["rank"] < COLLAPSED * self.target_rank
 
     def _confidence(
-        self, predicted: Vectors, trained: Float32[np.ndarray, "m E"], metrics: Mapping[str, Any]
+        self,
+        predicted: Vectors,
+        trained: Float32[np.ndarray, "m E"],
+        metrics: Mapping[str, Any],
+        fallback: Mapping[str, Any],
     ) -> Confidence:
         context, mask, query = self._split.arrays(self._data.store)
         return calibration.fit(
@@ -131,7 +143,8 @@ class Validator:
             query,
             predicted,
             hit=metrics["P@5"] > 0,
-            gain=metrics["MRR@10"] - self._plain["MRR@10"],
+            gain=metrics["MRR@10"] - fallback["MRR@10"],
+            groups=self._groups,
             query_centres=self._query_centres,
             answer_centres=calibration.centres_of(trained),
         )

@@ -62,6 +62,19 @@ def test_without_both_kinds_there_is_no_auc(right: bool) -> None:
     assert found.ece == pytest.approx(0.5)
 
 
+def test_a_handful_of_questions_can_be_reported(evaluation: Evaluation) -> None:
+    for count in (1, 2, 8):
+        predicted, query = (
+            {name: values[:count] for name, values in evaluation.methods[method].metrics.items()}
+            for method in ("predicted", "query")
+        )
+        said = np.full(count, 0.5, np.float32)
+        found = replace(evaluation, reliability=reliability(said, predicted, query, COMPARED, seed=0))
+        values = report_values(found, {})
+        json.dumps(values, allow_nan=False)
+        assert confidence_words(values)
+
+
 @pytest.fixture(scope="module")
 def told(evaluation: Evaluation) -> Evaluation:
     """The evaluation of a model that is calibrated, guarded and ablated."""

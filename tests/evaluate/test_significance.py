@@ -5,7 +5,8 @@ import pytest
 from scipy import stats
 
 from prime_jax.errors import DataError
-from prime_jax.evaluate.significance import compare, interval, linked
+from prime_jax.evaluate.significance import compare, interval
+from prime_jax.retrieval.groups import linked
 
 RNG = np.random.default_rng(0)
 THEIRS = RNG.random(60)

@@ -89,6 +89,23 @@ def test_a_trusted_prediction_is_returned_bit_by_bit() -> None:
     assert served.dtype == np.float32
 
 
+def test_where_there_is_no_query_to_go_back_to_the_prediction_stays() -> None:
+    predicted = one([0.6, 0.8, 0])
+    np.testing.assert_array_equal(mix(predicted, 0 * predicted, np.float32([0])), predicted)
+
+
+def test_many_rows_are_done_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    context, query, predicted = (
+        rng.normal(size=size).astype(np.float32) for size in ((9, 2, 3), (9, 3), (9, 3))
+    )
+    mask = rng.random((9, 2)) < 0.6
+    whole = features(context, mask, query, predicted, CENTRES, CENTRES, 4)
+    monkeypatch.setattr("prime_jax.models.confidence._ROWS", 4)
+    parts = features(context, mask, query, predicted, CENTRES, CENTRES, 4)
+    np.testing.assert_allclose(parts, whole, rtol=1e-6)
+
+
 def test_is_read_as_it_was_written(tmp_path: Path) -> None:
     assert read_confidence(tmp_path, 3, 3) is None
     before = made(bias=np.float32([0.25]))

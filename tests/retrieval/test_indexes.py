@@ -54,6 +54,21 @@ def test_a_graph_finds_nearly_all_and_nothing_that_is_forbidden(settings: dict[s
             assert (SCOPES["corpus_scope"][rows[row]] == SCOPES["query_scope"][row]).all()
 
 
+def test_a_graph_compares_small_scopes_one_by_one() -> None:
+    """Its walk would hardly meet the passages of a small scope."""
+    many = {"query_scope": RNG.integers(0, 50, QUERIES), "corpus_scope": RNG.integers(0, 50, PASSAGES)}
+    np.testing.assert_array_equal(found_with("hnsw", **many)[1], search(ASKED, CORPUS, K, **many)[1])
+
+
+def test_large_scopes_are_filtered_in_the_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SMALL_SCOPE", 0)
+    np.testing.assert_array_equal(found_with("faiss", **SCOPES)[1], search(ASKED, CORPUS, K, **SCOPES)[1])
+    monkeypatch.setattr(module, "QUERIES", 3)  # and some queries at a time
+    np.testing.assert_array_equal(
+        found_with("hnsw", exclude=EXCLUDE)[1].shape, search(ASKED, CORPUS, K, exclude=EXCLUDE)[1].shape
+    )
+
+
 @pytest.mark.parametrize("kind", ["faiss", "hnsw", "qdrant"])
 def test_a_small_scope_leaves_places_empty(kind: str) -> None:
     few = np.where(np.arange(PASSAGES) < 3, 1, 0)

@@ -66,7 +66,15 @@ def test_a_session_is_guarded_and_confident_like_a_single_request(serve: Serve) 
             for answer in (found, alone):
                 np.testing.assert_allclose(answer["predicted_embedding"], expected.embedding, atol=1e-5)
                 assert answer["confidence"] == pytest.approx(float(expected.confidence), abs=1e-4)
+                assert answer["trust"] == pytest.approx(float(expected.trust), abs=1e-4)
             served.client.delete(path)
+
+
+def test_predictions_that_are_never_used_are_told_of(serve: Serve, caplog: pytest.LogCaptureFixture) -> None:
+    model = make(residual="copy", use_torch_compile=False)
+    with serve(Predictor(model, confidence=calibrated(model, gain=-1))) as served:
+        assert served.client.get("/health").json()["predictions_used"] is False
+    assert "serves the plain query always" in caplog.text
 
 
 def test_the_guard_can_be_turned_off_but_not_on_without_a_calibration(
@@ -82,6 +90,7 @@ def test_the_guard_can_be_turned_off_but_not_on_without_a_calibration(
         expected = served.predictor.predict(turn[None], foreign)
         np.testing.assert_allclose(found["predicted_embedding"], expected, atol=1e-5)
         assert found["confidence"] is not None
+        assert found["trust"] is None
     with pytest.raises(PredictorError, match="carries no calibration"), serve(predictor, guard="on"):
         pass
 

@@ -106,6 +106,29 @@ def test_a_single_query_can_be_fitted() -> None:
     assert np.isfinite(found.probability(context, mask, query, predicted)).all()
 
 
+def test_a_gain_of_one_long_conversation_is_no_proof() -> None:
+    context, mask, query, predicted = split(200, 0)
+    centres = centres_of(query)
+    gain = np.where(np.arange(200) < 100, 0.5, 0.0) + np.random.default_rng(0).normal(0, 0.02, 200)
+    parts = {"hit": gain > 0, "query_centres": centres, "answer_centres": centres}
+    one_talk = np.where(np.arange(200) < 100, -1, np.arange(200))
+    for groups, proven in ((None, 1.0), (one_talk, 0.0), (np.zeros(200, int), 1.0)):
+        assert fit(context, mask, query, predicted, gain=gain, groups=groups, **parts).strength[0] == proven
+
+
+def test_queries_that_repeat_are_trusted() -> None:
+    """Where all dev queries are equally typical, none of them is foreign."""
+    few = np.eye(DIM, dtype=np.float32)[:5]
+    query = np.repeat(few, 40, axis=0)
+    context, mask, _, predicted = split(200, 0)
+    centres = centres_of(query)
+    assert len(centres) == 1  # five different texts tell nothing but their mean
+    gain = np.random.default_rng(0).normal(0.3, 0.1, 200)
+    parts = {"hit": gain > 0, "query_centres": centres, "answer_centres": centres}
+    found = fit(context, mask, query, predicted, gain=gain, **parts)
+    np.testing.assert_allclose(found.trust(few), 1, atol=1e-3)
+
+
 def test_every_centre_is_the_mean_of_many() -> None:
     """No single query can be read from the file."""
     lonely = np.concatenate([queries(200, 0), np.eye(DIM, dtype=np.float32)[-1:]])

@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 
 import prime_jax
+from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError
 from prime_jax.evaluate.run import evaluate_run
 from prime_jax.export.__main__ import main as export
+from prime_jax.nn.target_head import map_memory
+from prime_jax.retrieval.topk import search
 from prime_jax.train import checkpoints
 from prime_jax.train.__main__ import main
 
@@ -65,3 +68,17 @@ def test_what_moves_cannot_be_compared_with_the_frozen_corpus(
 
     with pytest.raises(ConfigError, match="use negatives 'batch'"):
         read_config(None, [*settings, "--train.negatives", "corpus", *option])
+
+
+def test_a_memory_that_is_read_in_parts_is_mapped_in_parts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(9, 4)).astype(np.float32)
+    store = EmbeddingStore.open(tmp_path, "e", 4)
+    store.add([str(row) for row in range(9)], vectors)
+    kernel = jnp.asarray(rng.normal(size=(4, 4)), jnp.float32)
+    whole, parts = map_memory(kernel, vectors), map_memory(kernel, store.part(np.arange(9)))
+    assert (parts.shape, len(parts), parts.dtype) == ((9, 4), 9, np.float32)
+    np.testing.assert_allclose(parts[2:5], whole[2:5], rtol=1e-6)
+    np.testing.assert_allclose(parts[[7, 1]], whole[[7, 1]], rtol=1e-6)
+    for one, other in zip(search(vectors, parts, 3), search(vectors, whole, 3), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5)
