@@ -164,4 +164,4 @@ def test_every_shipped_config_loads_and_builds(file: Path) -> None:
 
 
 def test_there_are_shipped_configs() -> None:
-    assert {"quickstart", "prime_base", "prime_small"} <= {file.stem for file in CONFIGS}
+    assert {"quickstart", "recommended", "prime_base", "prime_small"} <= {file.stem for file in CONFIGS}

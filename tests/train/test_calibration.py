@@ -6,7 +6,7 @@ from sklearn.linear_model import LogisticRegression
 
 from prime_jax.evaluate.reliability import calibration_error
 from prime_jax.models.confidence import Confidence, features, unit
-from prime_jax.train.calibration import QUERIES_PER_CENTRE, centres_of, fit
+from prime_jax.train.calibration import QUERIES_PER_CENTRE, RIDGE, centres_of, fit
 
 DIM, TURNS = 16, 3
 
@@ -60,7 +60,7 @@ def test_the_weights_are_those_of_ridge_logistic_regression() -> None:
     found = fitted()
     context, mask, query, predicted = split(2000, 0)
     values = features(context, mask, query, predicted, found.query_centres, found.answer_centres, TURNS)
-    peer = LogisticRegression(C=1.0, tol=1e-8, max_iter=1000)
+    peer = LogisticRegression(C=1 / RIDGE, tol=1e-8, max_iter=1000)
     peer.fit((values - found.mean) / found.scale, truth(query, predicted, 1))
     np.testing.assert_allclose(found.weights, peer.coef_[0], atol=2e-3)
     np.testing.assert_allclose(found.bias, peer.intercept_, atol=2e-3)
