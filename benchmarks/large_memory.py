@@ -44,7 +44,7 @@ class RandomEncoder:
         vector = np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIM, np.float32)
         if found := re.fullmatch(r"near (\d+) .*", text):
             vector = 1.5 * vector + self._one(f"passage {found[1]}") * np.sqrt(DIM)
-        return vector / np.linalg.norm(vector)
+        return np.asarray(vector / np.linalg.norm(vector), np.float32)
 
 
 ENCODER = RandomEncoder()

@@ -187,7 +187,7 @@ def test_verify_repeats_everything(exported: Path, keys: Path, capsys: pytest.Ca
         "model.int8.onnx",
         "torch_runtime.py",
     ]
-    assert "bundle, version 2.1.0, 10 files" in lines[0]
+    assert "bundle, version 2.1.0, 11 files" in lines[0]
 
 
 def test_verify_says_what_is_wrong_and_with_which_exit_code(
