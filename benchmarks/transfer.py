@@ -21,11 +21,11 @@ from benchmarks.common import facts
 from benchmarks.study import METRICS, Figures, Opened, measured, opened
 from prime_jax import load
 from prime_jax.config import read_config
-from prime_jax.evaluate.arrays import unit
 from prime_jax.evaluate.reliability import reliability
 from prime_jax.evaluate.significance import compare
 from prime_jax.files import write_json
 from prime_jax.models.confidence import Confidence, mix
+from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
 from prime_jax.train.loop import train
 

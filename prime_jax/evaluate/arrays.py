@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Float, Float32, Int64, Shaped
+from jaxtyping import Bool, Float32, Int64, Shaped
 from numpy import ndarray
 
 from prime_jax.retrieval.indexes import Index
 from prime_jax.retrieval.topk import Rows, search
+from prime_jax.retrieval.vectors import unit
 
 
 class Corpus(NamedTuple):
@@ -61,12 +62,6 @@ def retrieve(
         query_scope=split.scope,
         corpus_scope=corpus.scope,
     )
-
-
-def unit(vectors: Float[ndarray, "*B E"]) -> Float32[ndarray, "*B E"]:
-    """Scale to length 1; a zero vector stays zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    return (vectors / np.where(length > 0, length, 1)).astype(np.float32)
 
 
 def real_turns(split: Split) -> Float32[ndarray, "Q N D"]:

@@ -14,8 +14,9 @@ from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from prime_jax.errors import DataError
-from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, real_turns, retrieve, unit
+from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, real_turns, retrieve
 from prime_jax.retrieval.metrics import DEPTH, first_rank
+from prime_jax.retrieval.vectors import unit
 
 Settings = dict[str, float | int | bool]
 _ROWS_PER_SEARCH = (

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, real_turns, unit
+from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, real_turns
 from prime_jax.evaluate.baselines import Baseline, Settings
+from prime_jax.retrieval.vectors import unit
 
 _PENALTIES = (1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # much shrinkage is simpler
 

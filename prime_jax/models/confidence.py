@@ -16,6 +16,7 @@ from numpy import ndarray
 from prime_jax.errors import CheckpointError
 from prime_jax.files import write_bytes
 from prime_jax.models.bundle import read_tensors
+from prime_jax.retrieval.vectors import unit
 
 FILE = "confidence.safetensors"
 FEATURES = ("kept", "copied", "followed", "turns", "typical", "familiar")
@@ -208,10 +209,3 @@ def nearest(vectors: Vectors, centres: Float[ndarray, "K D"]) -> Float[ndarray, 
     starts = range(0, len(vectors), _ROWS)
     parts = [(unit(vectors[start : start + _ROWS]) @ centres.T).max(axis=1) for start in starts]
     return np.concatenate([*parts, np.empty(0, np.float32)]).astype(np.float32)
-
-
-def unit(vectors: Float[ndarray, "*B D"]) -> Float[ndarray, "*B D"]:
-    """Scale to length 1; a zero vector stays zero."""
-    length = np.linalg.norm(vectors, axis=-1, keepdims=True)
-    scaled: Float[ndarray, "*B D"] = vectors / np.where(length > 0, length, 1)
-    return scaled

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from prime_jax.errors import PredictorError
-from prime_jax.models.confidence import Confidence, mix, unit
+from prime_jax.models.confidence import Confidence, mix
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.inputs import Request, Vectors
+from prime_jax.retrieval.vectors import unit
 
 
 class Answer(NamedTuple):
@@ -54,7 +55,7 @@ def judge(
     if guard_with is None:
         return Answer(predicted, sure, everything)
     trust = confidence.trust(query)
-    return Answer(mix(predicted, guard_with(unit(query).astype(np.float32)), trust), sure, trust)
+    return Answer(mix(predicted, guard_with(unit(query)), trust), sure, trust)
 
 
 def check_guard(config: PredictorConfig, confidence: Confidence | None) -> None:

@@ -16,7 +16,8 @@ from scipy.optimize import minimize
 from scipy.special import expit
 from scipy.stats import ttest_1samp
 
-from prime_jax.models.confidence import Confidence, Vectors, features, nearest, unit
+from prime_jax.models.confidence import Confidence, Vectors, features, nearest
+from prime_jax.retrieval.vectors import unit
 
 CENTRES = 64
 QUERIES_PER_CENTRE = 10  # fewer could be told apart in the file
@@ -41,7 +42,7 @@ def centres_of(vectors: Vectors, seed: int = 0) -> Float[ndarray, "K D"]:
         centres, member = kmeans2(directions, count, minit="++", rng=random)
     large = np.bincount(member, minlength=count) >= QUERIES_PER_CENTRE
     kept = centres[large] if large.any() else directions.mean(axis=0, keepdims=True)
-    return unit(kept).astype(np.float32)
+    return unit(kept)
 
 
 def fit(

@@ -10,12 +10,13 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset, gather
-from prime_jax.models.confidence import Confidence, unit
+from prime_jax.models.confidence import Confidence
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import Rows, search
+from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
 from prime_jax.train.collective import is_main
 from prime_jax.train.sharding import by_rows, replicated, spread_out
@@ -119,7 +120,7 @@ class Validator:
         corpus, fallback = self._corpus, self._plain
         if head is not None:  # what a guard falls back to is mapped as well
             corpus = map_memory(head, self._corpus)
-            query = unit(self._data.store[self._split.query_rows]).astype(np.float32)
+            query = unit(self._data.store[self._split.query_rows])
             fallback = self._measured(map_memory(head, query), corpus)
         metrics = self._measured(predicted, corpus)
         scores = {**self._means(metrics), "rank": effective_rank(predicted)}

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-from prime_jax.evaluate.arrays import Corpus, Split, unit
+from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import Evaluation, evaluate_methods
 from prime_jax.evaluate.report import Texts
+from prime_jax.retrieval.vectors import unit
 
 QUERIES, PASSAGES = 24, 150
 

@@ -4,9 +4,10 @@ from sklearn.linear_model import Ridge
 
 from prime_jax.errors import DataError
 from prime_jax.evaluate import baselines, linear
-from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, unit
+from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn
 from prime_jax.evaluate.evaluation import baselines as every_baseline
 from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.vectors import unit
 
 EAST, NORTH, UP = np.eye(3, dtype=np.float32)
 

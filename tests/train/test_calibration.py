@@ -5,7 +5,8 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 
 from prime_jax.evaluate.reliability import calibration_error
-from prime_jax.models.confidence import Confidence, features, unit
+from prime_jax.models.confidence import Confidence, features
+from prime_jax.retrieval.vectors import unit
 from prime_jax.train.calibration import QUERIES_PER_CENTRE, RIDGE, centres_of, fit
 
 DIM, TURNS = 16, 3
