@@ -147,9 +147,8 @@ def mix(
     """
     share = trust[:, None]
     drawn = unit(share * predicted + (1 - share) * fallback)
-    there = (share < 1) & (
-        np.linalg.norm(drawn, axis=1, keepdims=True) > 0
-    )  # a zero query is none to go back to
+    # A zero query is none to go back to.
+    there = (share < 1) & (np.linalg.norm(drawn, axis=1, keepdims=True) > 0)
     return np.where(there, drawn, predicted).astype(np.float32)
 
 
