@@ -16,15 +16,17 @@ _COMMANDS = {
         "make a corpus of the documentation installed on this machine",
     ),
     "encode": ("prime_jax.data.encode", "encode the texts of a data folder into its embedding store"),
+    "steering": ("prime_jax.data.steering", "make clusters, steering and hard negatives for JASPER"),
     "train": ("prime_jax.train.__main__", "train a predictor from a YAML config"),
     "sweep": ("prime_jax.train.sweep", "try settings, several seeds each, and keep the best"),
     "evaluate": ("prime_jax.evaluate.__main__", "compare searching with the prediction against baselines"),
+    "explain": ("prime_jax.explain.__main__", "say why a steered model predicts what it predicts"),
     "serve": ("prime_jax.serve.__main__", "answer predictions over HTTP"),
     "export": ("prime_jax.export.__main__", "write a bundle for ONNX Runtime and PyTorch"),
     "inspect": ("prime_jax.export.inspection", "show what is inside a run, a checkpoint or a bundle"),
     "verify": ("prime_jax.export.verification", "check every file, the signature and the golden answers"),
 }
-_DATA_COMMANDS = ("pydocs", "encode")  # also reached as `prime-jax data encode`
+_DATA_COMMANDS = ("pydocs", "encode", "steering")  # also reached as `prime-jax data encode`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,7 +1,7 @@
 """The pytrees every part speaks.
 
-Axis names used throughout: B batch, N = max_context_length turns (oldest first), D input dimension,
-H hidden dimension, E output dimension, K explicit negatives, P positives of one example, M corpus size.
+Axis names used throughout: B batch, N = max_context_length turns (oldest first), D input dimension, H hidden
+dimension, E output dimension, K explicit negatives or subspaces, P positives of one example, M corpus size.
 """
 
 from collections.abc import Callable
@@ -26,6 +26,8 @@ class Batch(NamedTuple):
         example: Row of each example in its split, `[B]`, so that an error can name it.
         positives: Embeddings of every right answer, beside `positive_ids`, `[B, P, E]`, or None where a row
             has the one in `target` to find.
+        cluster: Cluster of `target`, `[B]`, or None where the data has none (JASPER only).
+        steering: Which steering each row has: 0 for zero, then the variants in their order, `[B]`, or None.
     """
 
     context: Float[Array, "*a B N D"]
@@ -38,6 +40,8 @@ class Batch(NamedTuple):
     negatives: Float[Array, "*a B K E"] | None = None
     negative_ids: Int[Array, "*a B K"] | None = None
     positives: Float[Array, "*a B P E"] | None = None
+    cluster: Int[Array, "*a B"] | None = None
+    steering: Int[Array, "*a B"] | None = None
 
     def map_targets(self, change: Callable[[Array], Array]) -> "Batch":
         """The batch with all that predictions are compared with changed: target, negatives, positives."""
@@ -47,3 +51,21 @@ class Batch(NamedTuple):
             if (vectors := getattr(self, name)) is not None
         }
         return self._replace(**changed)
+
+
+class Prediction(NamedTuple):
+    """What a model answers, with whatever else losses and explanations need of it.
+
+    Attributes:
+        embedding: Unit-norm predictions, `[B, E]`.
+        logits: Of the router over K subspaces, `[B, K]`, or None without one.
+        routing: Weights of the subspaces, `[B, K]`; rows sum to 1.
+        coarse: Mix of the centroids by these weights, `[B, E]`.
+        fine: What leads from there to the prediction, `[B, E]`: `embedding == coarse + fine`.
+    """
+
+    embedding: Float[Array, "*a B E"]
+    logits: Float[Array, "*a B K"] | None = None
+    routing: Float[Array, "*a B K"] | None = None
+    coarse: Float[Array, "*a B E"] | None = None
+    fine: Float[Array, "*a B E"] | None = None

@@ -11,6 +11,7 @@ import grain
 import numpy as np
 from jaxtyping import Float32, Int64
 
+from prime_jax.data.curriculum import SteeredRows
 from prime_jax.data.embedded import EMPTY, EmbeddedDataset, gather
 from prime_jax.errors import DataError
 from prime_jax.types import Batch
@@ -53,6 +54,7 @@ class TrainingBatches:
         num_negatives: K, the explicit negatives per row, the first K the example names; slots that an example
             cannot fill are zero with the id -1.
         positives: A row per right answer ("one"), or a row per example with all of them ("all").
+        steering: Takes the place of the turns, with `positives` "one"; `data` is then its own.
 
     Attributes:
         place: How many batches were read.
@@ -74,6 +76,7 @@ class TrainingBatches:
         process_count: int = 1,
         num_negatives: int = 0,
         positives: Positives = "one",
+        steering: SteeredRows | None = None,
     ):
         steps = steps_per_epoch(data, split, batch_size=batch_size, positives=positives)
         if batch_size % process_count:
@@ -87,6 +90,7 @@ class TrainingBatches:
             )
         self.place = 0
         self._data, self._examples, self._positives = data, examples, positives
+        self._steering, self._seed, self._steps, self._batch_size = steering, seed, steps, batch_size
         self._example_of, self._target_of = _rows(data, split, positives)
         self._right = _padded(examples.positives, max(map(len, examples.positives)))
         self._given = _padded([ids[:num_negatives] for ids in examples.negatives], num_negatives)
@@ -97,7 +101,7 @@ class TrainingBatches:
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
         shuffled = grain.MapDataset.range(len(self._example_of)).shuffle(seed=spread)
         self._order = shuffled[: steps * batch_size].batch(batch_size, batch_fn=np.array).repeat(epochs)
-        self._batches = self._order.map(lambda rows: self._read(rows[mine]))
+        self._batches = self._order.map_with_index(lambda place, rows: self._read(rows[mine], place, mine))
         self._stream = self._from(0)
 
     def __iter__(self) -> "TrainingBatches":
@@ -132,11 +136,18 @@ class TrainingBatches:
         stream.set_state({"next_index": place})
         return stream
 
-    def _read(self, rows: Rows) -> Batch:
-        """The batch of these rows; every field is one gather."""
-        data, examples = self._data, self._examples
+    def _read(self, rows: Rows, place: int, mine: slice) -> Batch:
+        """This process's rows of a batch; every field is one gather."""
+        data, examples, steering = self._data, self._examples, self._steering
         example, target = self._example_of[rows], self._target_of[rows]
-        context, mask = gather(data.store, examples.context_rows[example])
+        turns, negatives, more = examples.context_rows[example], self._negatives[example], {}
+        if steering is not None:
+            epoch = place / self._steps
+            drawn = steering.curriculum.draw(place, self._batch_size, seed=self._seed, epoch=epoch)[mine]
+            turns = steering.turns(rows, drawn)
+            negatives = _without_repeats(np.concatenate([negatives, steering.negatives(rows)], axis=1))
+            more = {"cluster": steering.clusters(rows), "steering": drawn}
+        context, mask = gather(data.store, turns)
         fields: dict[str, Any] = {
             "context": context,
             "context_mask": mask,
@@ -145,11 +156,12 @@ class TrainingBatches:
             "target_id": target,
             "positive_ids": self._right[example],
             "example": example,
+            **more,
         }
         if self._positives == "all":
             fields["positives"] = self._passages(fields["positive_ids"])
-        if self._negatives.shape[1]:
-            fields["negative_ids"] = self._negatives[example]
+        if negatives.shape[1]:
+            fields["negative_ids"] = negatives
             fields["negatives"] = self._passages(fields["negative_ids"])
         return Batch(**fields)
 

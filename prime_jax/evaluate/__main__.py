@@ -35,6 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="what searches (default: exact); $QDRANT_URL for qdrant",
     )
     parser.add_argument("--ablation", action="store_true", help="also without context, query or residual")
+    parser.add_argument(
+        "--steering",
+        metavar="VARIANT",
+        help="of a steered model: zero, keyword, residual, predicted, or centroid, which leaks the answer",
+    )
     given = parser.parse_args(argv)
     try:
         from prime_jax.evaluate.run import evaluate_run
@@ -48,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             seed=given.seed,
             ablation=given.ablation,
             index=given.index,
+            steering=given.steering,
         )
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax evaluate: {mistake}", file=sys.stderr)

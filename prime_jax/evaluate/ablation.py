@@ -34,7 +34,7 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
         "other context": predictor.predict(test.context[others], test.query, test.mask[others]),
         "no query": predictor.predict(test.context, np.zeros_like(test.query), test.mask),
     }
-    if predictor.model.config.residual != "none":
+    if isinstance(predictor.model, EmbeddingPredictor) and predictor.model.config.residual != "none":
         alone = Predictor.from_model(without_residual(predictor.model), precision="float32")
         found["no residual"] = alone.predict(test.context, test.query, test.mask)
     return found

@@ -21,7 +21,7 @@ from prime_jax.evaluate.words import (
     significance_table,
 )
 
-_CSS = """
+CSS = """
 :root { color-scheme: light dark; --ink: #1d2126; --soft: #5c6570; --page: #fff; --line: #dfe3e8;
   --tint: #eef4fc; --good: #1a7f45; --bad: #b3382c; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e8eb; --soft: #a0a8b2; --page: #16191d;
@@ -108,7 +108,7 @@ def page(
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>Evaluation on {escape(values['split'])}</title><style>{_CSS}</style></head>\n<body>\n"
+        f"<title>Evaluation on {escape(values['split'])}</title><style>{CSS}</style></head>\n<body>\n"
         + "\n".join(body)
         + "\n</body></html>\n"
     )

@@ -15,8 +15,10 @@ from jaxtyping import Int64
 from prime_jax.config import DataConfig
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import Encoder, encode_texts, load_encoder
+from prime_jax.data.extended import Extended
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
+from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.ablation import ablated
 from prime_jax.evaluate.arrays import Corpus, Split
@@ -43,6 +45,7 @@ def evaluate_run(
     seed: int = 0,
     ablation: bool = False,
     index: IndexKind = "exact",
+    steering: str | None = None,
 ) -> dict[str, Any]:
     """Measure a run on a split beside tuned baselines, write the report and return what report.json holds.
 
@@ -55,6 +58,7 @@ def evaluate_run(
         seed: Seed of the bootstrap and the permutation test.
         ablation: Measure the model with parts of it taken away, too.
         index: What searches (`prime_jax.retrieval.indexes`); all but `exact` need the extra `search`.
+        steering: Of a steered model: the variant to measure with; None means that of its training.
 
     Raises:
         CheckpointError: If the run is missing or damaged.
@@ -62,8 +66,9 @@ def evaluate_run(
         DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
     """
     predictor = load(run, precision="float32")  # the same figures on every machine
-    opened = open_data(predictor, run, data, tuple(dict.fromkeys((*_TUNING, split))), store=store)
-    dataset, embedded, encoder, source = opened
+    wanted = tuple(dict.fromkeys((*_TUNING, split)))
+    opened = open_data(predictor, run, data, wanted, store=store, steering=steering)
+    dataset, embedded, encoder, source, _ = opened
     splits = split_arrays(dataset, embedded, encoder, source)
     test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
     predicted = predictor.predict(test.context, test.query, test.mask)
@@ -103,16 +108,23 @@ def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged 
 
 
 class OpenedData(NamedTuple):
-    """Data that a predictor can be measured on: its texts, their embeddings, and where these come from."""
+    """Data that a predictor can be measured on: texts, embeddings, where these come from, and steering."""
 
     dataset: Dataset
     embedded: EmbeddedDataset
     encoder: Encoder
     source: DataConfig
+    steering: Steering | None = None
 
 
 def open_data(
-    predictor: Predictor, run: Path, data: Path, splits: Sequence[str], *, store: Path | None = None
+    predictor: Predictor,
+    run: Path,
+    data: Path,
+    splits: Sequence[str],
+    *,
+    store: Path | None = None,
+    steering: str | None = None,
 ) -> OpenedData:
     """Embed splits of a data folder as the run's own data was; only what its store lacks is encoded.
 
@@ -122,9 +134,10 @@ def open_data(
         data: Data folder in the JSONL contract.
         splits: Which splits to open.
         store: Embedding store; None means the run's, or `embeddings/` in the data folder.
+        steering: Of a steered model: the variant that takes the place of the turns.
 
     Raises:
-        ConfigError: If the predictor carries no configuration to encode texts by.
+        ConfigError: If the predictor carries no configuration to encode texts by, or takes no steering.
         DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
     """
     if predictor.config is None:
@@ -147,6 +160,14 @@ def open_data(
         first_pass_k=source.first_pass_k,
         **prefixes,
     )
+    if predictor.config.steered:
+        given = predictor.config.steering
+        folder = Path(given.path) if given.path and data == Path(source.path or "") else data / STEERING
+        opened = open_steering(folder, embedded, encoder.identity, **prefixes)
+        embedded = steered(embedded, opened, steering or given.judge_with)
+        return OpenedData(dataset, embedded, encoder, source, opened)
+    if steering is not None:
+        raise ConfigError(f"{run}: its model takes turns, no steering; leave --steering out")
     return OpenedData(dataset, embedded, encoder, source)
 
 
@@ -160,6 +181,7 @@ def split_arrays(
 ) -> dict[str, Split]:
     """Every split as arrays. "Last turn + query" is encoded where the data itself has turns."""
     has_turns = any(example.context for examples in dataset.splits.values() for example in examples)
+    has_turns = has_turns and not isinstance(embedded.store, Extended)  # steering took their place
     arrays = {}
     for name, part in embedded.splits.items():
         context, mask, query = part.arrays(embedded.store)

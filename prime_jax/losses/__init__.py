@@ -1,1 +1,6 @@
-"""Losses over embeddings: per-example values, averaged in one place."""
+"""What training minimises."""
+
+from prime_jax.losses.jasper import JasperObjective
+from prime_jax.losses.objective import Objective
+
+AnyObjective = Objective | JasperObjective

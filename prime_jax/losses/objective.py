@@ -16,7 +16,7 @@ from prime_jax.losses.contrastive import InfoNCE, info_nce
 from prime_jax.losses.corpus import Corpus, corpus_info_nce
 from prime_jax.losses.projection import initial_projection, project
 from prime_jax.nn.target_head import apply_head, initial_head
-from prime_jax.types import Batch
+from prime_jax.types import Batch, Prediction
 
 Metrics = dict[str, Float[Array, ""]]
 Trained = dict[str, Any]
@@ -57,25 +57,32 @@ class Objective:
             trained[TARGET_HEAD] = initial_head(dim)
         return trained
 
+    @property
+    def averaged(self) -> str | None:
+        """Which trained part a moving average is kept of."""
+        return TARGET_HEAD if self.target == "ema" else None
+
     def __call__(
         self,
-        predicted: Float[Array, "B E"],
+        prediction: Prediction,
         batch: Batch,
         trained: Trained,
         *,
         average: Float[Array, "E E"] | None = None,
         progress: Float[Array, ""] | float = 0.0,
+        epoch: Float[Array, ""] | float = 0.0,
         corpus: Corpus | None = None,
         turns: int = 1,
     ) -> tuple[Float[Array, ""], Metrics]:
         """The loss of a batch, with the figures that make it readable.
 
         Args:
-            predicted: Unit-norm predictions, `[B, E]`.
+            prediction: Of the model; only the embedding counts here.
             batch: What was to be predicted.
             trained: As `initial` gave it, or later.
             average: Kernel of the averaged target head, for `target="ema"`.
             progress: Share of the run that is done, 0 to 1.
+            epoch: Epochs done; without effect here.
             corpus: All passages as negatives; None means the batch's targets.
             turns: See `info_nce`.
 
@@ -84,6 +91,7 @@ class Objective:
             (effective, per row), `similarity` (mean cosine of prediction and target), `temperature`, and
             `spread` and `mean_length` of the predictions (see `spread`).
         """
+        predicted = prediction.embedding
         tau = self._temperature(trained, jnp.asarray(progress, jnp.float32))
         mapped = batch
         if self.target == "slow":

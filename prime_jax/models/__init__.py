@@ -1,6 +1,40 @@
 """The models, and the one list of them: a new model is one file here and one name in this list."""
 
-from prime_jax.models.prime import PredictorConfig
+from collections.abc import Mapping
+from typing import Annotated, Any
 
-MODELS = (PredictorConfig,)
-ModelConfig = PredictorConfig
+from pydantic import Discriminator, Tag
+
+from prime_jax.models.jasper import JasperConfig, JasperPredictor
+from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
+
+AnyConfig = PredictorConfig | JasperConfig | SubspaceConfig
+MODELS: tuple[type[AnyConfig], ...] = (PredictorConfig, JasperConfig, SubspaceConfig)
+KINDS: dict[str, type[AnyConfig]] = {kind.model_fields["kind"].default: kind for kind in MODELS}
+DEFAULT_KIND = "prime"
+
+Model = EmbeddingPredictor | JasperPredictor | DecomposedJasperPredictor
+
+
+def model_config(given: Mapping[str, Any]) -> AnyConfig:
+    """The configuration of a model from its stored content.
+
+    Raises:
+        pydantic.ValidationError: If it does not describe a model.
+        KeyError: If there is no model of its kind.
+    """
+    return KINDS[given.get("kind", DEFAULT_KIND)](**given)
+
+
+def kind_of(given: Any) -> str | None:
+    """Which model a configuration or its content as a mapping is for; without a word the default one."""
+    return given.get("kind", DEFAULT_KIND) if isinstance(given, dict) else getattr(given, "kind", None)
+
+
+ModelConfig = Annotated[
+    Annotated[PredictorConfig, Tag("prime")]
+    | Annotated[JasperConfig, Tag("jasper")]
+    | Annotated[SubspaceConfig, Tag("subspace")],
+    Discriminator(kind_of),
+]

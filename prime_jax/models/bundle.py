@@ -11,8 +11,7 @@ from jaxtyping import Array
 from prime_jax.errors import CheckpointError
 from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, read_manifest, verify_manifest
-from prime_jax.models import ModelConfig
-from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models import Model, ModelConfig, model_config
 from prime_jax.models.state_dict import load_state_dict
 
 KIND = "bundle"
@@ -28,7 +27,7 @@ class LoadedBundle(NamedTuple):
         target_head: Kernel that the memory is mapped by before it is searched, `[E, E]`, or None.
     """
 
-    model: EmbeddingPredictor
+    model: Model
     manifest: dict[str, Any]
     target_head: Array | None
 
@@ -67,7 +66,7 @@ def read_config(folder: Path) -> ModelConfig:
     """
     path = folder / "config.json"
     try:
-        return ModelConfig(**read_json(path)["model"])
+        return model_config(read_json(path)["model"])
     except pydantic.ValidationError as unfit:
         raise CheckpointError(f"{path}: does not describe a model ({unfit.errors()[0]['msg']})") from None
     except (KeyError, TypeError) as unfit:

@@ -10,20 +10,22 @@ from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
 from prime_jax.errors import PredictorError
-from prime_jax.frozen import Frozen
+from prime_jax.models.base import ServedConfig
 from prime_jax.models.residual import gated, query_with_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.masks import ContextAttention, attention_mask, positions
 from prime_jax.nn.remat import Remat, rematerialised
+from prime_jax.types import Prediction
 
 TOKEN_STD = 0.02
 COPY_WEIGHT, COPY_DECAY = 0.5, 0.7  # the recency mix that the copy path starts from
 
 
-class PredictorConfig(Frozen):
+class PredictorConfig(ServedConfig):
     """Shape and behaviour of an `EmbeddingPredictor` (spec section 8; docs/model.md)."""
 
+    kind: Literal["prime"] = Field(default="prime", description="which model: prime, jasper or subspace")
     input_dim: int = Field(default=1024, ge=1, description="dimension D of the turn and query embeddings")
     hidden_dim: int = Field(default=2048, ge=128, description="width H of the transformer")
     output_dim: int = Field(default=1024, ge=1, description="dimension E of the predicted embedding")
@@ -31,21 +33,6 @@ class PredictorConfig(Frozen):
     num_heads: int = Field(default=8, ge=1, description="attention heads; must divide hidden_dim")
     max_context_length: int = Field(default=10, ge=1, le=50, description="most turns N that are looked at")
     dropout: float = Field(default=0.1, ge=0.0, le=0.5, description="dropout probability in training")
-    checkpoint_path: str | None = Field(
-        default=None, description="run folder or bundle whose weights training starts from"
-    )
-    use_static_cache: bool = Field(
-        default=True, description="pad requests to a few fixed shapes when predicting"
-    )
-    use_torch_compile: bool = Field(
-        default=True, description="compile ahead of time, when the predictor is loaded"
-    )
-    compile_mode: Literal["default", "reduce-overhead", "max-autotune"] = Field(
-        default="reduce-overhead", description="how hard XLA works on the compiled predictor"
-    )
-    max_batch_size: int = Field(
-        default=32, ge=1, description="largest compiled batch; larger ones run in chunks"
-    )
     context_attention: ContextAttention = Field(default="full", description="what turns may look at")
     residual: Literal["none", "query", "copy"] = Field(
         default="none", description="what the prediction is added to"
@@ -155,6 +142,19 @@ class EmbeddingPredictor(nnx.Module):
             content = turns @ self.copy_content[...]
             base = query_with_turns(query, context, context_mask, self.copy_age[...], content)
         return unit(base + gated(delta, self.residual_gate[...], self.config.max_delta))
+
+    def details(
+        self,
+        context: Float[Array, "B N D"],
+        query: Float[Array, "B D"],
+        context_mask: Bool[Array, "B N"] | None = None,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+        remat: Remat = "none",
+        progress: Float[Array, ""] | float = 1.0,
+    ) -> Prediction:
+        """The prediction as every model gives it in training; `progress` changes nothing here."""
+        return Prediction(self(context, query, context_mask, dropout_key=dropout_key, remat=remat))
 
     def num_params(self) -> int:
         """Number of trained numbers."""

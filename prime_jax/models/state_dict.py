@@ -1,6 +1,7 @@
-"""A predictor's weights as a flat dictionary with the names and layouts of the plan's PyTorch module.
+"""A model's weights as a flat dictionary with the names and layouts of a PyTorch module.
 
-The names load with `strict=True` into a plain `torch.nn` model; a residual adds up to three of its own.
+PRIME's names are the plan's and load with `strict=True` into a plain `torch.nn` model; a residual adds up to
+three of its own. JASPER's are those of the module in `prime_jax.export.torch_jasper`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -11,9 +12,13 @@ import numpy as np
 from flax import nnx
 
 from prime_jax.errors import CheckpointError
-from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.models import Model, ModelConfig
+from prime_jax.models.jasper import JasperPredictor
+from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models.subspace import CENTROIDS, DecomposedJasperPredictor
 from prime_jax.nn.blocks import PredictorTransformerBlock
 from prime_jax.nn.linear import Linear
+from prime_jax.nn.mlp import MLP
 
 Tensor = np.ndarray[Any, np.dtype[Any]]
 
@@ -43,15 +48,15 @@ class _Slot(NamedTuple):
         self.param.set_value(jnp.array(own.reshape(self.param.shape)))
 
 
-def state_dict(model: EmbeddingPredictor) -> dict[str, Tensor]:
-    """The weights by the plan's names, float32, in torch's layout (`[out, in]` matrices).
+def state_dict(model: Model) -> dict[str, Tensor]:
+    """The weights by name, float32, in torch's layout (`[out, in]` matrices).
 
     A config with a residual adds `residual_gate`, the residual 'copy' also `copy_age` and `copy_content`.
     """
     return {slot.name: slot.to_torch() for slot in _slots(model)}
 
 
-def load_state_dict(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> EmbeddingPredictor:
+def load_state_dict(config: ModelConfig, tensors: Mapping[str, Tensor]) -> Model:
     """The model whose `state_dict` this is.
 
     Args:
@@ -62,7 +67,7 @@ def load_state_dict(config: PredictorConfig, tensors: Mapping[str, Tensor]) -> E
         CheckpointError: If a name is missing or unexpected, or a tensor has another shape, is not float32,
             or holds NaN or Inf. The message names the tensor.
     """
-    model: EmbeddingPredictor = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+    model: Model = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
     slots = {slot.name: slot for slot in _slots(model)}
     for name in sorted(tensors.keys() - slots.keys()):
         raise CheckpointError(f"tensor {name!r} is unexpected: a model of this config has no such weights")
@@ -83,8 +88,12 @@ def _check(slot: _Slot, tensor: Tensor) -> None:
         raise CheckpointError(f"tensor {slot.name!r} holds NaN or Inf")
 
 
-def _slots(model: EmbeddingPredictor) -> Iterator[_Slot]:
+def _slots(model: Model) -> Iterator[_Slot]:
     """Every tensor: the one table that both directions read."""
+    return _of_prime(model) if isinstance(model, EmbeddingPredictor) else _of_jasper(model)
+
+
+def _of_prime(model: EmbeddingPredictor) -> Iterator[_Slot]:
     yield _Slot("pred_token", model.pred_token, leading=2)
     yield _Slot("pos_embedding", model.pos_embedding, leading=1)
     for name in ("context_proj", "query_proj", "output_proj"):
@@ -95,6 +104,26 @@ def _slots(model: EmbeddingPredictor) -> Iterator[_Slot]:
     for name in ("residual_gate", "copy_age", "copy_content"):
         if hasattr(model, name):
             yield _Slot(name, getattr(model, name))
+
+
+def _of_jasper(model: JasperPredictor | DecomposedJasperPredictor) -> Iterator[_Slot]:
+    stacks = {name: getattr(model, name) for name in ("question_encoder", "steering_encoder", "head")}
+    if isinstance(model, DecomposedJasperPredictor):
+        stacks |= {"coarse_encoder": model.coarse_encoder, "router.body": model.router.body}
+        yield from _linear("router.choice", model.router.choice)
+        yield _Slot(CENTROIDS, model.centroids)
+    for name, stack in stacks.items():
+        yield from _mlp(name, stack)
+    yield from _linear("output_proj", model.output_proj)
+    for name in ("residual_gate", "coarse_gate"):
+        if hasattr(model, name):
+            yield _Slot(name, getattr(model, name))
+
+
+def _mlp(name: str, stack: MLP) -> Iterator[_Slot]:
+    for index, (linear, norm) in enumerate(zip(stack.linears, stack.norms, strict=True)):
+        yield from _linear(f"{name}.linears.{index}", linear)
+        yield from _norm(f"{name}.norms.{index}", norm)
 
 
 def _block(name: str, layer: PredictorTransformerBlock) -> Iterator[_Slot]:

@@ -24,8 +24,8 @@ def apply_head(kernel: Float[Array, "E E"], targets: Float[Array, "*a E"]) -> Fl
 
 
 def ema(average: Array, latest: Array, decay: Float[Array, ""]) -> Array:
-    """Exponential moving average: `decay * average + (1 - decay) * latest`, without a gradient."""
-    return decay * average + (1 - decay) * jax.lax.stop_gradient(latest)
+    """Exponential moving average, without a gradient; what does not change stays exactly as it is."""
+    return average + (1 - decay) * (jax.lax.stop_gradient(latest) - average)
 
 
 def ema_decay(start: float, end: float, progress: Float[Array, ""]) -> Float[Array, ""]:

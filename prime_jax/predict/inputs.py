@@ -7,7 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from prime_jax.errors import PredictorError
-from prime_jax.models.prime import PredictorConfig
+from prime_jax.models import AnyConfig
+from prime_jax.models.jasper import SteeredConfig
 
 Vectors = np.ndarray
 
@@ -29,7 +30,7 @@ class Request(NamedTuple):
 
 
 def checked(
-    config: PredictorConfig, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None
+    config: AnyConfig, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None
 ) -> Request:
     """The arguments of `Predictor.predict` as float32 and bool arrays with a batch axis.
 
@@ -64,6 +65,23 @@ def checked(
     finite("query", queries)
     finite("context", contexts, mask)
     return Request(contexts, queries, mask, single)
+
+
+def steered_request(
+    config: AnyConfig, question: ArrayLike, steering: ArrayLike | None
+) -> tuple[Vectors, Vectors, np.ndarray]:
+    """Question and steering as the arguments of `Predictor.predict`: the steering is the one turn.
+
+    Raises:
+        PredictorError: For a wrong shape or dtype, or a model that takes turns instead.
+    """
+    if not isinstance(config, SteeredConfig):
+        raise PredictorError(f"a {config.kind} model takes turns, no steering: call predict(context, query)")
+    questions = floats("question", question)
+    vectors = np.zeros_like(questions) if steering is None else floats("steering", steering)
+    if vectors.shape != questions.shape:
+        raise PredictorError(f"steering has shape {vectors.shape}, the question {questions.shape}")
+    return vectors[..., None, :], questions, np.any(vectors != 0, axis=-1, keepdims=True)
 
 
 def rows(name: str, value: ArrayLike, batch: int, size: int) -> tuple[Vectors, bool]:

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import numpy as np
 
 from prime_jax.errors import PredictorError
+from prime_jax.models import AnyConfig
 from prime_jax.models.confidence import Confidence, mix
-from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.inputs import Request, Vectors
 from prime_jax.retrieval.vectors import unit
 
@@ -58,7 +58,7 @@ def judge(
     return Answer(mix(predicted, guard_with(unit(query)), trust), sure, trust)
 
 
-def check_guard(config: PredictorConfig, confidence: Confidence | None) -> None:
+def check_guard(config: AnyConfig, confidence: Confidence | None) -> None:
     """Refuse a guard where there can be none.
 
     Raises:

@@ -20,20 +20,21 @@ from numpy.typing import ArrayLike
 from prime_jax._version import __version__
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, PredictorError
+from prime_jax.models import AnyConfig, Model
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.confidence import Confidence, read_confidence
-from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.compiled import compile_ahead
-from prime_jax.predict.forward import forward
-from prime_jax.predict.inputs import Request, Vectors, checked
+from prime_jax.predict.inputs import Request, Vectors, checked, steered_request
 from prime_jax.predict.judging import Answer, check_guard, judge
+from prime_jax.predict.passes import forward_pass
 from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_known, choose
 from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms
-from prime_jax.predict.weights import DType, Weights, lay_out
+from prime_jax.predict.weights import DType
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints
 
@@ -103,7 +104,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: EmbeddingPredictor,
+        model: Model,
         *,
         config: Config | None = None,
         facts: Mapping[str, Any] | None = None,
@@ -123,7 +124,8 @@ class Predictor:
         self._facts = dict(facts or {})
         self._precision: Precision = precision
         self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)
-        self._weights: dict[DType, Weights] = {}
+        self._forward = forward_pass(model)
+        self._weights: dict[DType, Any] = {}
         self._programs: dict[tuple[int, int, Recipe], Program] = {}
         self._choices: dict[int, Choice] = {}
         self._session_programs: dict[tuple[int, Recipe], SessionPrograms] = {}
@@ -135,7 +137,7 @@ class Predictor:
     @classmethod
     def from_model(
         cls,
-        model: EmbeddingPredictor,
+        model: Model,
         *,
         precision: Precision = "auto",
         batch_sizes: Sequence[int] = BATCH_SIZES,
@@ -169,6 +171,18 @@ class Predictor:
         rows = np.concatenate(parts) if parts else np.zeros((0, self.model.config.output_dim), np.float32)
         answer: Vectors = rows[0] if single else rows
         return answer
+
+    def steer(self, question: ArrayLike, steering: ArrayLike | None = None) -> Vectors:
+        """Predict with a steered model, by the names that its users know.
+
+        Args:
+            question: Embedding of the question, `[B, D]`, or `[D]`.
+            steering: Steering vectors of the same shape; None, or a zero vector, steers nowhere.
+
+        Raises:
+            PredictorError: For a wrong shape or dtype, NaN or Inf, or if the model takes turns instead.
+        """
+        return self.predict(*steered_request(self.model.config, question, steering))
 
     def answer(
         self,
@@ -214,8 +228,12 @@ class Predictor:
             precision: As for the predictor; None means what was chosen for predicting batches of this size.
 
         Raises:
-            PredictorError: If `batch` is less than 1 or `precision` unknown.
+            PredictorError: If `batch` is less than 1, `precision` unknown, or the model takes no turns.
         """
+        if not isinstance(self.model, EmbeddingPredictor):
+            raise PredictorError(
+                f"a {self.model.config.kind} model takes a steering vector, no turns, so it has no sessions"
+            )
         if batch < 1:
             raise PredictorError(f"a session of {batch} conversations is none")
         if precision is None:
@@ -343,7 +361,7 @@ class Predictor:
                 shapes = self.model.config.fake_inputs(batch)
                 size = self.model.config.input_dim
                 self._programs[key] = compile_ahead(
-                    partial(forward, config=self.model.config, attention=recipe.attention),
+                    self._forward.program(recipe.attention, recipe.dtype),
                     self._laid_out(recipe.dtype),
                     jax.ShapeDtypeStruct((batch, turns, size), jnp.float32),
                     shapes["query"],
@@ -352,10 +370,10 @@ class Predictor:
                 )
             return self._programs[key]
 
-    def _laid_out(self, dtype: DType) -> Weights:
+    def _laid_out(self, dtype: DType) -> Any:
         with self._preparing:
             if dtype not in self._weights:
-                self._weights[dtype] = lay_out(self.model, dtype)
+                self._weights[dtype] = self._forward.lay_out(dtype)
             return self._weights[dtype]
 
     def _drop_unused(self) -> None:
@@ -375,7 +393,7 @@ def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return padded
 
 
-def _sample(config: PredictorConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:
+def _sample(config: AnyConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:
     """Fixed random unit vectors to measure with: full windows, `[B, N, D]`, `[B, D]` and `[B, N]`."""
     random = np.random.default_rng(0)
     context = random.normal(size=(batch, config.max_context_length, config.input_dim)).astype(np.float32)

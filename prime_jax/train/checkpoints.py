@@ -26,8 +26,9 @@ from prime_jax.config import Config, load_stored_config, to_yaml
 from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.files import write_text
 from prime_jax.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
+from prime_jax.models import Model
 from prime_jax.models.confidence import Confidence, write_confidence
-from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models.subspace import CENTROIDS
 from prime_jax.nn.target_head import initial_head
 from prime_jax.train.collective import barrier, is_main
 from prime_jax.train.state import MODEL, TrainState, pure_params
@@ -250,7 +251,7 @@ class LoadedModel(NamedTuple):
         target_head: Kernel that the memory is mapped by before it is searched, `[E, E]`, or None (most runs).
     """
 
-    model: EmbeddingPredictor
+    model: Model
     config: Config
     checkpoint: Checkpoint
     target_head: jax.Array | None
@@ -313,9 +314,11 @@ _copied = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
 
 
 def _cast(tree: Any, dtype: DTypeLike) -> Any:
-    def cast(leaf: Any) -> Any:
+    def cast(path: Any, leaf: Any) -> Any:
+        if path and getattr(path[-1], "key", None) == CENTROIDS:  # they are exact in every checkpoint
+            return leaf
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, dtype)
         return leaf.astype(dtype)
 
-    return jax.tree.map(cast, tree)
+    return jax.tree_util.tree_map_with_path(cast, tree)

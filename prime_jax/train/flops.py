@@ -2,6 +2,10 @@
 
 from typing import Literal
 
+import jax
+from flax import nnx
+
+from prime_jax.models import AnyConfig
 from prime_jax.models.prime import PredictorConfig
 
 DType = Literal["bfloat16", "float32"]
@@ -35,8 +39,12 @@ PEAKS: dict[str, tuple[float, float]] = {
 }
 
 
-def forward_flops(config: PredictorConfig) -> float:
+def forward_flops(config: AnyConfig) -> float:
     """FLOPs of predicting one full window: every matrix product, two per multiply-add."""
+    if not isinstance(config, PredictorConfig):  # every matrix is met once
+        weights = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
+        leaves = jax.tree.leaves(nnx.state(weights, nnx.Param))
+        return 2.0 * sum(int(leaf.size) for leaf in leaves if leaf.ndim > 1)
     hidden, tokens = config.hidden_dim, config.max_context_length + 2
     inputs = (tokens - 1) * config.input_dim * hidden + hidden * config.output_dim
     whole = 0.0
@@ -50,7 +58,7 @@ def forward_flops(config: PredictorConfig) -> float:
     return 2.0 * (inputs + whole)
 
 
-def flops_per_example(config: PredictorConfig, *, recomputed: bool) -> float:
+def flops_per_example(config: AnyConfig, *, recomputed: bool) -> float:
     """FLOPs of learning from one example: forward, and twice as much backward.
 
     Args:

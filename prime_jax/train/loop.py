@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.config import Config, to_yaml
-from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
@@ -22,11 +21,12 @@ from prime_jax.train.interrupt import interruptible
 from prime_jax.train.memory import explain_exhausted
 from prime_jax.train.monitor import History, Speed, Trace, note, plot_curves
 from prime_jax.train.optim import learning_rate
+from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.program import TrainingProgram
 from prime_jax.train.state import build_graph
 from prime_jax.train.step import Metrics
 from prime_jax.train.trackers import open_trackers
-from prime_jax.train.validate import SplitPredictor, Validated, Validator
+from prime_jax.train.validate import Validated, Validator
 
 
 @dataclass(frozen=True)
@@ -64,9 +64,9 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
         PredictorError: If the loss is no longer a finite number.
     """
     setup.check_folder(config, out, resume)
-    data, facts = setup.embedded(config)
+    prepared = setup.prepared(config)
     try:
-        run = _Run(config, out, data, facts)
+        run = _Run(config, out, prepared)
         if resume:
             run.restore()
         else:
@@ -85,8 +85,8 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
 class _Run:
     """One run in progress: its program, its data, its files."""
 
-    def __init__(self, config: Config, out: Path, data: EmbeddedDataset, facts: setup.Facts):
-        settings = config.train
+    def __init__(self, config: Config, out: Path, prepared: setup.Prepared):
+        settings, (data, facts, steering) = config.train, prepared
         self.config, self.out, self.data, self.facts = config, out, data, facts
         batch_size, positives = settings.batch_size, settings.positives
         self.epoch_steps = steps_per_epoch(data, "train", batch_size=batch_size, positives=positives)
@@ -103,11 +103,16 @@ class _Run:
             process_count=jax.process_count(),
             num_negatives=settings.num_negatives,
             positives=positives,
+            steering=None if steering is None else setup.steered_rows(config, data, steering),
         )
-        self.program = TrainingProgram(config, data, self.total_steps)
+        self.program = TrainingProgram(
+            config, data, self.total_steps, epoch_steps=self.epoch_steps, steering=steering
+        )
         self.state = self.program.initial_state(setup.starting_weights(config))
         graph, mesh = build_graph(config.model, jnp.float32), self.program.mesh
-        self.validate = Validator(graph, data, "dev", mesh)
+        self.validate = Validator(
+            graph, data, "dev", mesh, steering=steering, judge_with=config.steering.judge_with
+        )
         self.predict_train = SplitPredictor(graph, data, "train", mesh)
         self.speed = Speed(config, mesh.size)
         self.history: History
@@ -120,11 +125,12 @@ class _Run:
             raise CheckpointError(
                 f"{self.out}: no complete checkpoint to resume from; start without --resume"
             )
-        for fact in ("data_hash", "encoder"):
-            if checkpoint.facts[fact] != self.facts[fact]:
+        for fact in ("data_hash", "encoder", "steering_hash"):
+            before, now = checkpoint.facts.get(fact), self.facts.get(fact)
+            if before != now:
                 raise CheckpointError(
-                    f"{checkpoint.folder}: was trained with {fact} {checkpoint.facts[fact]!r}, "
-                    f"now it is {self.facts[fact]!r}; resuming would mix two runs"
+                    f"{checkpoint.folder}: was trained with {fact} {before!r}, now it is {now!r}; resuming "
+                    "would mix two runs"
                 )
         self.state, self.mined = checkpoints.restore(checkpoint, self.state)
         self.history = History(self.out, until_step=checkpoint.step, writing=is_main())

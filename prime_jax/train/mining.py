@@ -9,8 +9,8 @@ from prime_jax.config import TrainingConfig
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.negatives import context_negatives, mine_negatives, searches_of
 from prime_jax.train.collective import is_main
+from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.state import TrainState
-from prime_jax.train.validate import SplitPredictor
 
 Table = Int32[np.ndarray, "n K"]
 

@@ -3,10 +3,12 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from prime_jax.config import TrainingConfig
 from prime_jax.losses.objective import TARGET_HEAD
+from prime_jax.models.subspace import CENTROIDS
 
 
 def warmup_steps(config: TrainingConfig, updates: int) -> int:
@@ -34,16 +36,32 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
     """
 
     def matrices(params: Any) -> Any:
-        return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        return jax.tree_util.tree_map_with_path(lambda at, leaf: leaf.ndim > 1 and not _frozen(at), params)
 
     adamw = optax.adamw(learning_rate(config, updates), weight_decay=config.weight_decay, mask=matrices)
     clip = (
         optax.clip_by_global_norm(config.gradient_clip_val) if config.gradient_clip_val else optax.identity()
     )
-    optimizer = optax.chain(clip, adamw, _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier))
+    slowed = _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier)
+    optimizer = optax.chain(_held(), clip, adamw, slowed, _held())
     if config.accumulate_grad_batches == 1:
         return optimizer
     return optax.MultiSteps(optimizer, config.accumulate_grad_batches).gradient_transformation()
+
+
+def _held() -> optax.GradientTransformation:
+    """Leave what is frozen, the centroids of a router, exactly as it is."""
+
+    def hold(updates: Any, params: Any = None) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda at, leaf: jnp.zeros_like(leaf) if _frozen(at) else leaf, updates
+        )
+
+    return optax.stateless(hold)
+
+
+def _frozen(path: Any) -> bool:
+    return any(getattr(part, "key", None) == CENTROIDS for part in path)
 
 
 def _slowed(name: str, share: float) -> optax.GradientTransformation:

@@ -8,8 +8,12 @@ import jax.numpy as jnp
 
 from prime_jax.config import Config, TrainingConfig
 from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.data.steered import VARIANTS, ZERO, Steering
+from prime_jax.losses import AnyObjective
 from prime_jax.losses.corpus import Corpus, in_chunks
+from prime_jax.losses.jasper import JasperObjective
 from prime_jax.losses.objective import Objective
+from prime_jax.models.subspace import CENTROIDS, SubspaceConfig
 from prime_jax.nn.remat import Remat
 from prime_jax.train import memory
 from prime_jax.train.collective import say
@@ -20,8 +24,21 @@ from prime_jax.train.step import Metrics, StepPlan, make_train_step
 from prime_jax.types import Batch
 
 
-def objective_of(settings: TrainingConfig) -> Objective:
+def objective_of(config: Config, steering: Steering | None = None) -> AnyObjective:
     """The objective that a configuration describes."""
+    contrastive = contrastive_of(config.train)
+    if steering is None:
+        return contrastive
+    gumbel = None
+    if isinstance(config.model, SubspaceConfig):
+        gumbel = (config.model.gumbel_start, config.model.gumbel_end)
+    return JasperObjective(
+        contrastive, config.jasper, steering.centroids, steerings=(ZERO, *VARIANTS), gumbel=gumbel
+    )
+
+
+def contrastive_of(settings: TrainingConfig) -> Objective:
+    """InfoNCE as a configuration describes it."""
     return Objective(
         temperature=settings.temperature,
         schedule=settings.temperature_schedule,
@@ -44,14 +61,26 @@ class TrainingProgram:
         mesh: The devices of all processes.
     """
 
-    def __init__(self, config: Config, data: EmbeddedDataset, total_steps: int):
+    def __init__(
+        self,
+        config: Config,
+        data: EmbeddedDataset,
+        total_steps: int,
+        *,
+        epoch_steps: int = 1,
+        steering: Steering | None = None,
+    ):
         settings = config.train
         self._config = config
         self.mesh = make_mesh(config.mesh, settings.batch_size, settings.micro_batch_size)
         self._optimizer = make_optimizer(settings, max(1, total_steps // settings.accumulate_grad_batches))
-        self._objective = objective_of(settings)
+        self._objective = objective_of(config, steering)
+        self._centroids = (
+            steering.centroids if isinstance(config.model, SubspaceConfig) and steering else None
+        )
         plan = StepPlan(
             total_steps=total_steps,
+            epoch_steps=epoch_steps,
             remat=remat_of(settings),
             micro_batch=settings.micro_batch_size,
             ema=(settings.ema_start, settings.ema_end),
@@ -89,7 +118,17 @@ class TrainingProgram:
             state = replace(state, params={**state.params, MODEL: placed})
             if state.smoothed is not None:
                 state = replace(state, smoothed=jax.tree.map(jnp.copy, placed))
-        return state
+        return state if self._centroids is None else self._with_centroids(state, shardings)
+
+    def _with_centroids(self, state: TrainState, shardings: TrainState) -> TrainState:
+        """The state whose model knows the clusters; they are never trained."""
+        where = shardings.params[MODEL][CENTROIDS]
+
+        def known(params: Any) -> Any:
+            return {**params, CENTROIDS: spread_out(self._centroids, where)}
+
+        smoothed = None if state.smoothed is None else known(state.smoothed)
+        return replace(state, params={**state.params, MODEL: known(state.params[MODEL])}, smoothed=smoothed)
 
     def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         """One step with this process's rows of a batch; `state` is used up.

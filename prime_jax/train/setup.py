@@ -2,7 +2,7 @@
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,17 +10,22 @@ from flax import nnx
 
 from prime_jax._version import __version__
 from prime_jax.config import Config, load_stored_config
+from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.prepare import prepare
+from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.models.bundle import is_bundle, load_bundle
+from prime_jax.models.subspace import SubspaceConfig
 from prime_jax.train import checkpoints
 from prime_jax.train.collective import in_turn, say
 from prime_jax.train.optim import warmup_steps
 from prime_jax.train.state import pure_params
 
 Facts = dict[str, Any]
+
+_ELSEWHERE = {("data", "path"), ("data", "store"), ("steering", "path")}  # the same data in another place
 
 
 def check_folder(config: Config, out: Path, resume: bool) -> None:
@@ -32,20 +37,45 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     if not (out / checkpoints.CONFIG).exists():
         raise CheckpointError(f"{out}: no run to resume here")
     stored = load_stored_config(out / checkpoints.CONFIG)
-    for section in ("model", "train", "data"):  # another mesh, other trackers change no result
+    for section in (
+        "model",
+        "train",
+        "data",
+        "steering",
+        "jasper",
+    ):  # another mesh, other trackers change no result
         before, now = getattr(stored, section).model_dump(), getattr(config, section).model_dump()
-        changed = [name for name in before if before[name] != now[name]]
-        changed = [name for name in changed if (section, name) not in {("data", "path"), ("data", "store")}]
+        changed = [name for name in before if before[name] != now.get(name)]
+        changed = [name for name in changed if (section, name) not in _ELSEWHERE]
         if changed:
             name = changed[0]
             raise ConfigError(
-                f"{out} was trained with {section}.{name} {before[name]!r}, not {now[name]!r}; "
+                f"{out} was trained with {section}.{name} {before[name]!r}, not {now.get(name)!r}; "
                 "a resumed run keeps its settings"
             )
 
 
-def embedded(config: Config) -> tuple[EmbeddedDataset, Facts]:
-    """Text to embeddings, and what a checkpoint must remember of them."""
+class Prepared(NamedTuple):
+    """What a run learns from.
+
+    Attributes:
+        data: Texts as embeddings; of a steered model, with the steering that judges it on dev as turns.
+        facts: What a checkpoint must remember of them.
+        steering: Of a steered model, otherwise None.
+    """
+
+    data: EmbeddedDataset
+    facts: Facts
+    steering: Steering | None
+
+
+def prepared(config: Config) -> Prepared:
+    """Text to embeddings and, where the model is steered, their steering.
+
+    Raises:
+        ConfigError: If settings do not fit the data, or the steering has another number of clusters.
+        DataError: If the data or the steering is not as it should be.
+    """
     source = config.data
     if source.path is None:
         raise ConfigError("data.path is not set: name a data folder, for instance with --data.path DIR")
@@ -79,7 +109,36 @@ def embedded(config: Config) -> tuple[EmbeddedDataset, Facts]:
         "data_hash": data.data_hash,
         "versions": {"prime_jax": __version__, **{name: version(name) for name in ("jax", "flax", "optax")}},
     }
-    return data, facts
+    if not config.steered:
+        return Prepared(data, facts, None)
+    steering = open_steering(
+        steering_folder(config),
+        data,
+        encoder.identity,
+        query_prefix=source.query_prefix,
+        passage_prefix=source.passage_prefix,
+    )
+    if isinstance(config.model, SubspaceConfig) and config.model.num_subspaces != len(steering.centroids):
+        raise ConfigError(
+            f"model.num_subspaces is {config.model.num_subspaces}, but {steering.folder} has "
+            f"{len(steering.centroids)} clusters; set --model.num-subspaces {len(steering.centroids)}"
+        )
+    facts["steering_hash"] = steering.hash
+    return Prepared(steered(data, steering, config.steering.judge_with), facts, steering)
+
+
+def steering_folder(config: Config) -> Path:
+    """Where a run's steering lies."""
+    if config.steering.path is not None:
+        return Path(config.steering.path)
+    return Path(config.data.path or "") / STEERING
+
+
+def steered_rows(config: Config, data: EmbeddedDataset, steering: Steering) -> SteeredRows:
+    """What steering adds to a run's training batches."""
+    given = config.steering
+    curriculum = Curriculum(given.variants, given.zero_start, given.zero_end, given.zero_epochs)
+    return SteeredRows(data, "train", steering, curriculum, given.hard_negatives)
 
 
 def starting_weights(config: Config) -> Any | None:

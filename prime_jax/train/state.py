@@ -10,6 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
+from prime_jax.losses import AnyObjective
 from prime_jax.losses.objective import TARGET_HEAD, Objective
 from prime_jax.models import ModelConfig
 
@@ -29,7 +30,8 @@ class TrainState:
         step: Batches learned from so far, scalar int32.
         params: What is trained, float32: `model` holds the model's parameters as nested dicts; what the
             objective trains stands beside it under its own names.
-        average: Kernel of the averaged target head, `[E, E]`, or None (`train.target: ema` only).
+        average: Moving average of the part of `params` that the objective names, or None: the kernel of the
+            target head, `[E, E]` (`train.target: ema`), or JASPER's online encoder.
         smoothed: Moving average of the model's parameters, or None (`train.average_weights` only).
         opt_state: State of the optimizer.
         rng: Raw key data; the dropout key of a step is this folded with the step number.
@@ -39,7 +41,7 @@ class TrainState:
 
     step: Leaf
     params: Any
-    average: Leaf | None
+    average: Any | None
     smoothed: Any | None
     opt_state: Any
     rng: Leaf
@@ -48,7 +50,9 @@ class TrainState:
     @property
     def target_head(self) -> Array | None:
         """Kernel of the head that targets are compared through at inference, or None for frozen targets."""
-        head: Array | None = self.params.get(TARGET_HEAD) if self.average is None else self.average
+        if TARGET_HEAD not in self.params:
+            return None
+        head: Array = self.params[TARGET_HEAD] if self.average is None else self.average
         return head
 
     @property
@@ -71,7 +75,7 @@ def init_state(
     config: ModelConfig,
     optimizer: optax.GradientTransformation,
     seed: int,
-    objective: Objective | None = None,
+    objective: AnyObjective | None = None,
     *,
     averaging: bool = False,
 ) -> TrainState:
@@ -85,7 +89,7 @@ def init_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
-        average=jnp.copy(params[TARGET_HEAD]) if objective.target == "ema" else None,
+        average=jax.tree.map(jnp.copy, params[objective.averaged]) if objective.averaged else None,
         smoothed=jax.tree.map(jnp.copy, params[MODEL]) if averaging else None,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(key),

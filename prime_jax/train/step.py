@@ -6,6 +6,7 @@ gradient, a second pass predicts again, with the same dropout, and carries these
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -15,15 +16,15 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from prime_jax.losses import AnyObjective
 from prime_jax.losses.corpus import Corpus
-from prime_jax.losses.objective import TARGET_HEAD, Objective
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
 from prime_jax.train.rotation import random_rotation
 from prime_jax.train.sharding import replicated, state_shardings
 from prime_jax.train.state import MODEL, Graph, TrainState
 from prime_jax.turns import one_turn, rejoined
-from prime_jax.types import Batch
+from prime_jax.types import Batch, Prediction
 
 Metrics = dict[str, Array]
 Inputs = tuple[Array, Array, Array]  # context, query, context_mask
@@ -36,6 +37,7 @@ class StepPlan:
 
     Attributes:
         total_steps: Length of the run, for what moves with its progress.
+        epoch_steps: Length of an epoch, for what moves with epochs.
         remat: What the backward pass recomputes instead of keeping it (FR-PRED-010).
         micro_batch: Rows whose activations are held at a time; 0 for the whole batch.
         ema: First and last decay of the averaged target head.
@@ -44,6 +46,7 @@ class StepPlan:
     """
 
     total_steps: int = 1
+    epoch_steps: int = 1
     remat: Remat = "none"
     micro_batch: int = 0
     ema: tuple[float, float] = (0.996, 0.999)
@@ -54,7 +57,7 @@ class StepPlan:
 def make_train_step(
     graph: Graph,
     optimizer: optax.GradientTransformation,
-    objective: Objective,
+    objective: AnyObjective,
     plan: StepPlan,
     mesh: Mesh | None = None,
 ) -> Any:
@@ -73,32 +76,35 @@ def make_train_step(
         loss or the gradient was no finite number, or because a step before it had that fault.
     """
 
-    def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None) -> Array:
+    def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None, done: Array) -> Prediction:
         if mesh is not None:  # weights come together where they are used, gradients go back to their shares
             params = jax.lax.with_sharding_constraint(params, replicated(mesh))
-        model = nnx.merge(graph, params)
+        answer = partial(nnx.merge(graph, params).details, dropout_key=key, remat=plan.remat, progress=done)
         if turned is None:
-            return jnp.asarray(model(*inputs, dropout_key=key, remat=plan.remat))
+            whole: Prediction = answer(*inputs)
+            return whole
         context, query, mask = inputs
-        predicted = model(context @ turned, query @ turned, mask, dropout_key=key, remat=plan.remat)
-        return jnp.asarray(predicted @ turned.T)  # targets and passages stay as they are
+        prediction: Prediction = answer(context @ turned, query @ turned, mask)
+        return prediction._replace(embedding=prediction.embedding @ turned.T)  # targets stay as they are
 
     def loss_and_gradient(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         inputs = (batch.context, batch.query, batch.context_mask)
+        done = state.step / plan.total_steps
         own = {name: value for name, value in state.params.items() if name != MODEL}
         turned = None
         if plan.rotation:
             turned = random_rotation(jax.random.fold_in(key, _ROTATION), inputs[1].shape[1], plan.rotation)
         turns = batch.query.shape[0] // plan.micro_batch if plan.micro_batch else 1
 
-        def loss(predicted: Array, own: Any) -> tuple[Array, Metrics]:
+        def loss(prediction: Prediction, own: Any) -> tuple[Array, Metrics]:
             return objective(
-                predicted,
+                prediction,
                 batch,
                 own,
                 average=state.average,
-                progress=state.step / plan.total_steps,
+                progress=done,
+                epoch=state.step / plan.epoch_steps,
                 corpus=corpus,
                 turns=turns,
             )
@@ -107,15 +113,15 @@ def make_train_step(
 
             def whole(params: Any) -> tuple[Array, Metrics]:
                 own = {name: value for name, value in params.items() if name != MODEL}
-                return loss(predict(params[MODEL], inputs, key, turned), own)
+                return loss(predict(params[MODEL], inputs, key, turned, done), own)
 
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient
 
         params = state.params[MODEL]
 
-        def predict_turn(params: Any, turn: Array) -> Array:
-            return predict(params, one_turn(inputs, turn, turns), jax.random.fold_in(key, turn), turned)
+        def predict_turn(params: Any, turn: Array) -> Prediction:
+            return predict(params, one_turn(inputs, turn, turns), jax.random.fold_in(key, turn), turned, done)
 
         predicted = jax.lax.map(lambda turn: predict_turn(params, turn), jnp.arange(turns))
         (_, metrics), (slope, own_gradient) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
@@ -137,9 +143,11 @@ def make_train_step(
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
-        if average is not None:
+        if objective.averaged is not None:
             decay = ema_decay(*plan.ema, (state.step + 1) / plan.total_steps)
-            average = ema(average, params[TARGET_HEAD], decay)
+            latest = params[objective.averaged]
+            average = jax.tree.map(lambda old, new: ema(old, new, decay), average, latest)
+            metrics["ema_decay"] = decay
         moved = replace(
             state,
             step=state.step + 1,

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int64
+from jaxtyping import Array, Float, Float32
 
-from prime_jax.data.embedded import EmbeddedDataset, gather
+from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.data.steered import ZERO, Steering
 from prime_jax.models.confidence import Confidence
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.groups import linked
@@ -19,11 +19,12 @@ from prime_jax.retrieval.topk import Rows, search
 from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
 from prime_jax.train.collective import is_main
-from prime_jax.train.sharding import by_rows, replicated, spread_out
+from prime_jax.train.predicting import SplitPredictor
+from prime_jax.train.sharding import replicated
 from prime_jax.train.state import Graph, TrainState
+from prime_jax.train.steered_judge import SteeredJudge
 
 DEPTH = 10
-ROWS = 256
 UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train, where dev has both kinds
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
@@ -45,47 +46,6 @@ class Validated(NamedTuple):
     confidence: Confidence | None
 
 
-class SplitPredictor:
-    """Predicts a split with given parameters, on all devices, some rows at a time; compiled once.
-
-    Args:
-        graph: Structure of the model.
-        data: The dataset.
-        split: Name of the split.
-        mesh: The devices.
-        examples: Which examples of it, in order; None for all.
-    """
-
-    def __init__(
-        self,
-        graph: Graph,
-        data: EmbeddedDataset,
-        split: str,
-        mesh: Mesh,
-        examples: Int64[np.ndarray, " n"] | None = None,
-    ):
-        def forward(params: object, context: Array, query: Array, mask: Array) -> Array:
-            predicted: Array = nnx.merge(graph, params)(context, query, mask)
-            return predicted
-
-        self._mesh, self._store, self._split = mesh, data.store, data.splits[split]
-        self._examples = np.arange(len(self._split)) if examples is None else examples
-        self._predict = jax.jit(forward, out_shardings=replicated(mesh))
-
-    def __call__(self, state: TrainState) -> Vectors:
-        """Unit-norm predictions, in every process."""
-        split, count, devices = self._split, len(self._examples), self._mesh.size
-        rows = -(-min(ROWS, count) // devices) * devices
-        parts = []
-        for start in range(0, count, rows):
-            chunk = self._examples[np.arange(start, start + rows) % count]  # wraps; the surplus is dropped
-            context, mask = gather(self._store, split.context_rows[chunk])
-            query = self._store[split.query_rows[chunk]]
-            inputs = spread_out((context, query, mask), by_rows(self._mesh))
-            parts.append(np.asarray(self._predict(state.predicting, *inputs)))
-        return np.concatenate(parts)[:count]
-
-
 class Validator:
     """Scores a state on one split.
 
@@ -94,17 +54,28 @@ class Validator:
         target_rank: Effective rank of the split's targets (see `effective_rank`).
     """
 
-    def __init__(self, graph: Graph, data: EmbeddedDataset, split: str, mesh: Mesh):
+    def __init__(
+        self,
+        graph: Graph,
+        data: EmbeddedDataset,
+        split: str,
+        mesh: Mesh,
+        *,
+        steering: Steering | None = None,
+        judge_with: str = ZERO,
+    ):
         self._predictor = SplitPredictor(graph, data, split, mesh)
         self._data, self._split, self._mesh = data, data.splits[split], mesh
         self._corpus = data.corpus()
         trained = data.splits["train"]
         few = np.random.default_rng(0).permutation(len(trained))[:FAMILIAR]
         self._predict_train = SplitPredictor(graph, data, "train", mesh, np.sort(few))
+        self._steered = steering and SteeredJudge(graph, data, split, steering, judge_with, mesh)
         self._query_centres = calibration.centres_of(data.store[trained.query_rows[np.sort(few)]])
         fresh = unseen(self._split.positives, trained.positives)
         self._fresh = fresh if 0 < fresh.sum() < len(fresh) else None
-        turns = self._split.context_rows if data.context_from == "data" else self._split.context_rows[:, :0]
+        given = data.context_from == "data" and steering is None
+        turns = self._split.context_rows if given else self._split.context_rows[:, :0]
         asked = np.concatenate([turns, self._split.query_rows[:, None]], axis=1)
         self._groups = linked([row[row >= 0].tolist() for row in asked])
         self._plain = self._measured(data.store[self._split.query_rows], self._corpus)
@@ -114,6 +85,11 @@ class Validator:
     def __call__(self, state: TrainState) -> Validated:
         """Score the predictions of a state, and fit how far they can be trusted."""
         predicted, trained = self._predictor(state), self._predict_train(state)
+        steered = (
+            self._steered(state, lambda vectors: self._measured(vectors, self._corpus))
+            if self._steered
+            else {}
+        )
         head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None)
@@ -123,7 +99,7 @@ class Validator:
             query = unit(self._data.store[self._split.query_rows])
             fallback = self._measured(map_memory(head, query), corpus)
         metrics = self._measured(predicted, corpus)
-        scores = {**self._means(metrics), "rank": effective_rank(predicted)}
+        scores = {**self._means(metrics), **steered, "rank": effective_rank(predicted)}
         return Validated(scores, self._confidence(predicted, trained, metrics, fallback))
 
     def collapsing(self, scores: Scores) -> bool:

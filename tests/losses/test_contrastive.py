@@ -8,7 +8,7 @@ import torch
 
 from prime_jax.losses.contrastive import info_nce
 from prime_jax.losses.objective import Objective
-from prime_jax.types import Batch
+from prime_jax.types import Batch, Prediction
 
 AXES = np.eye(4, dtype=np.float32)
 
@@ -51,7 +51,7 @@ def test_random_predictions_stand_at_chance() -> None:
     """In many dimensions random vectors are nearly orthogonal, so the loss is nearly log(rows)."""
     rng = np.random.default_rng(0)
     predicted, target = rng.normal(size=(2, 64, 4096)).astype(np.float32)
-    loss, figures = Objective(1.0)(jnp.asarray(predicted), as_jax(make_batch(target)), {})
+    loss, figures = Objective(1.0)(Prediction(jnp.asarray(predicted)), as_jax(make_batch(target)), {})
     np.testing.assert_allclose(loss, np.log(64), atol=0.01)
     np.testing.assert_allclose(figures["chance"], np.log(64), rtol=1e-6)
     assert figures["negatives"] == 63
@@ -105,7 +105,7 @@ def test_a_masked_row_gives_no_gradient_and_no_nan() -> None:
     """A batch of one has nothing to tell apart: loss 0, gradient 0, even at a tiny temperature."""
 
     def loss(predicted: jax.Array) -> jax.Array:
-        return Objective(1e-3)(predicted, as_jax(make_batch(AXES[:1])), {})[0]
+        return Objective(1e-3)(Prediction(predicted), as_jax(make_batch(AXES[:1])), {})[0]
 
     value, gradient = jax.value_and_grad(loss)(jnp.asarray(AXES[:1]))
     assert value == 0.0

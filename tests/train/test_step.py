@@ -62,7 +62,7 @@ def test_gradient_caching_repeats_its_dropout() -> None:
                 dropout_key=jax.random.fold_in(key, turn),
             )
             predicted = predicted.at[mine].set(answer)
-        return Objective()(predicted, rows, {})[0]
+        return Objective()(Prediction(predicted), rows, {})[0]
 
     gradient = jax.grad(plain)(state.params["model"])
     before = jax.tree.map(np.asarray, state.params["model"])
