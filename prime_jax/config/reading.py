@@ -5,7 +5,8 @@ Environment variables are named `PRIME_<SECTION>__<FIELD>`, options `--section.f
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,10 +79,10 @@ def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config
     kind = _kind(given, words, str(file))
     _check(_with_kind(given, kind), str(file))
     _check_names(
-        [word.split("=")[0] for word in words if word.startswith("--")], _option_names(kind), "option"
+        [word.split("=")[0] for word in words if word.startswith("--")], _option_names, kind, "option"
     )
     variables = [name for name in os.environ if name.upper().startswith(ENV_PREFIX) and "__" in name]
-    _check_names([name.upper() for name in variables], _variable_names(kind), "environment variable")
+    _check_names([name.upper() for name in variables], _variable_names, kind, "environment variable")
     model = KINDS[kind]
     try:
         kinded: Any = create_model("Settings", __base__=_Settings, model=(model, model()))
@@ -123,17 +124,17 @@ def _kind(given: Mapping[str, Any], words: Sequence[str], origin: str) -> str:
     """Which model is asked for: it decides which settings there are."""
     model = given.get("model") or {}
     found = kind_of(model) if isinstance(model, dict) else DEFAULT_KIND
-    found = next(
-        (value for name, value in os.environ.items() if name.upper() == f"{ENV_PREFIX}MODEL__KIND"), found
-    )
+    for name, value in os.environ.items():
+        if name.upper() == f"{ENV_PREFIX}MODEL__KIND":
+            found, origin = value, "environment"
     for index, word in enumerate(words):
         if word == "--model.kind" and index + 1 < len(words):
             found, origin = words[index + 1], "option"
         elif word.startswith("--model.kind="):
             found, origin = word.partition("=")[2], "option"
-    if found not in KINDS:
+    if not isinstance(found, str) or found not in KINDS:
         raise ConfigError(f"{origin}: model.kind: {found!r} is none of {', '.join(KINDS)}")
-    return str(found)
+    return found
 
 
 def _flow(value: Any) -> str:
@@ -219,10 +220,21 @@ def _dashed(word: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
-def _check_names(given: Iterable[str], known: Sequence[str], what: str) -> None:
+def _check_names(
+    given: Iterable[str], names_of: Callable[[str], Iterable[str]], kind: str, what: str
+) -> None:
     for name in given:
+        known = list(names_of(kind))
         if name not in known:
-            raise ConfigError(f"unknown {what} {name}{nearest(name, known)}")
+            raise ConfigError(
+                f"unknown {what} {name}{_elsewhere(name, names_of, kind) or nearest(name, known)}"
+            )
+
+
+def _elsewhere(name: str, names_of: Callable[[str], Iterable[str]], kind: str) -> str:
+    """A hint at the kinds of model that do have a name, or nothing."""
+    others = " and ".join(other for other in KINDS if name in names_of(other))
+    return f": model.kind is {kind}, only {others} has it" if others else ""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -248,10 +260,12 @@ def _explain(invalid: ValidationError, origin: str, kind: str) -> str:
         if fault["type"] == "extra_forbidden":
             known = _fields(path[0], kind) if len(path) > 1 else Config.model_fields
             hint = nearest(path[-1], known).replace("mean ", f"mean {'.'.join([*path[:-1], ''])}")
+            if path[0] == "model":
+                hint = _elsewhere(path[-1], partial(_fields, "model"), kind) or hint
             lines.append(f"{origin}: unknown key {'.'.join(path)}{hint}")
         else:
             message = fault["msg"].removeprefix("Value error, ")
             message = message[0].lower() + message[1:]
             given = "" if isinstance(fault["input"], dict) else f" (given: {fault['input']!r})"
-            lines.append(f"{origin}: {'.'.join(path)}: {message}{given}")
+            lines.append(": ".join(filter(None, (origin, ".".join(path), f"{message}{given}"))))
     return "\n".join(lines)

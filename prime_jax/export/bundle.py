@@ -18,7 +18,9 @@ from prime_jax.export.golden import (
     jax_answers,
     min_cosine,
     onnxruntime_answers,
+    same_choice,
 )
+from prime_jax.export.interface import Tensor, check_centroids, inputs_of, outputs_of, torch_source
 from prime_jax.export.model_card import model_card
 from prime_jax.export.optional import need
 from prime_jax.export.quantize import Precision, file_of, quantize
@@ -27,12 +29,12 @@ from prime_jax.export.to_onnx import OPSET, to_onnx
 from prime_jax.export.to_torch import load_state_dict, state_dict
 from prime_jax.files import atomic_folder, read_json, sha256, write_bytes, write_json, write_text
 from prime_jax.manifest import FIRST_VERSION, MANIFEST, check_version, write_manifest
+from prime_jax.models import Model
 from prime_jax.models.bundle import KIND, TARGET_HEAD
 from prime_jax.models.confidence import Confidence, write_confidence
-from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.predictor import Predictor
 
-INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k")
+INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k", "steering")
 FACTS = (*INPUT_FACTS, "step", "epoch", "metrics", "data_hash", "versions")
 
 
@@ -64,7 +66,7 @@ class Options:
 
 
 def write_bundle(
-    model: EmbeddingPredictor,
+    model: Model,
     folder: Path,
     *,
     facts: Mapping[str, Any],
@@ -82,8 +84,9 @@ def write_bundle(
         model: The model; its weights are exported in float32.
         folder: Where to write. A bundle that is already there is replaced, anything else is not.
         facts: Where the model comes from, as far as known: `encoder` (identity), `query_prefix`,
-            `passage_prefix`, `context_from`, `first_pass_k`, `step`, `epoch`, `metrics`, `data_hash`,
-            `versions`, and `report` (the values of report.json).
+            `passage_prefix`, `context_from`, `first_pass_k`, `steering` (the variant that a steered model was
+            judged with), `step`, `epoch`, `metrics`, `data_hash`, `versions`, and `report` (the values of
+            report.json).
         target_head: Kernel that the memory is mapped by before it is searched (`Predictor.target_head`).
         confidence: How far its predictions can be trusted (`Predictor.confidence`).
         options: What else it holds.
@@ -93,9 +96,9 @@ def write_bundle(
         What parity.json holds.
 
     Raises:
-        ExportError: If a weight is NaN or Inf, a package is missing, `folder` holds something else, a runtime
-            differs from JAX by more than 1e-5, or a lower precision has no evidence or loses more than
-            allowed. Nothing is written then.
+        ExportError: If a weight is NaN or Inf, all centroids are zero, a package is missing, `folder` holds
+            something else, a runtime differs from JAX by more than 1e-5 in any output, or a lower precision
+            has no evidence or loses more than allowed. Nothing is written then.
         PredictorError: If the model version is not a semantic version.
     """
     options = options or Options()
@@ -106,17 +109,18 @@ def write_bundle(
             f"{options.precisions[-1]} is only written with what it loses on validation data; "
             "name the data folder with --data"
         )
+    check_centroids(model)
     tensors = state_dict(model)
     try:
         model = load_state_dict(model.config, tensors)  # refuses NaN; computes in float32 whatever it was
     except CheckpointError as unfit:
         raise ExportError(f"the model cannot be exported: {unfit}") from None
     golden = golden_inputs(model.config)
-    golden["embedding"] = jax_answers(model, golden)
+    golden |= jax_answers(model, golden)
     known = {name: facts[name] for name in FACTS if name in facts}
     with atomic_folder(folder) as part:
         write_json(part / "config.json", _config(model, known))
-        write_bytes(part / "torch_runtime.py", Path(__file__).with_name("torch_runtime.py").read_bytes())
+        write_bytes(part / "torch_runtime.py", torch_source(model.config.kind).read_bytes())
         _write_safetensors(part / "model.safetensors", tensors)
         _write_safetensors(part / "golden.safetensors", golden)
         if options.state_dict:
@@ -176,7 +180,10 @@ def _lower(
             f"{low:.4f} to {high:.4f}), allowed is {options.max_loss:g}; leave {precision} out, or accept "
             "it with --allow-loss"
         )
-    return {"golden_min_cosine": min_cosine(answers, golden["embedding"]), **found}
+    kept = {"golden_min_cosine": min_cosine(answers["embedding"], golden["embedding"])}
+    if "routing" in answers:
+        kept["golden_same_choice"] = same_choice(answers, golden)
+    return {**kept, **found}
 
 
 def facts_of(predictor: Predictor, source: Path) -> dict[str, Any]:
@@ -193,7 +200,9 @@ def facts_of(predictor: Predictor, source: Path) -> dict[str, Any]:
     facts = {name: info[name] for name in FACTS if name in info}
     if predictor.config is not None:
         data = predictor.config.data.model_dump()
-        facts |= {name: data[name] for name in INPUT_FACTS if name != "encoder"}  # info has its identity
+        facts |= {name: data[name] for name in INPUT_FACTS if name in data and name != "encoder"}
+        if predictor.config.steered:
+            facts["steering"] = predictor.config.steering.judge_with
     path = source / "report" / "report.json"
     if path.is_file():
         report = facts["report"] = read_json(path, ExportError)
@@ -221,20 +230,21 @@ def _check_free(folder: Path) -> None:
             raise ExportError(f"{folder}: holds something that is not a bundle; name another folder")
 
 
-def _config(model: EmbeddingPredictor, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _config(model: Model, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json holds."""
     config = model.config
-    N, D, E = config.max_context_length, config.input_dim, config.output_dim
+    outputs = {output.name: _described(output) for output in outputs_of(config)}
+    outputs["embedding"]["normalised"] = True
     return {
         "model": {**config.model_dump(), "checkpoint_path": None},  # that is where its training started
-        "inputs": {
-            "context": {"dtype": "float32", "shape": ["B", N, D]},
-            "context_mask": {"dtype": "bool", "shape": ["B", N]},
-            "query": {"dtype": "float32", "shape": ["B", D]},
-        },
-        "output": {"embedding": {"dtype": "float32", "shape": ["B", E], "normalised": True}},
+        "inputs": {given.name: _described(given) for given in inputs_of(config)},
+        "output": outputs,
         **{name: facts[name] for name in INPUT_FACTS if name in facts},
     }
+
+
+def _described(tensor: Tensor) -> dict[str, Any]:
+    return {"dtype": tensor.dtype, "shape": ["B", *tensor.sizes]}
 
 
 def _write_safetensors(path: Path, tensors: Mapping[str, np.ndarray[Any, np.dtype[Any]]]) -> None:

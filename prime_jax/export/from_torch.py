@@ -15,19 +15,19 @@ from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.export.optional import need
 from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, verify_manifest
+from prime_jax.models import KINDS, AnyConfig, Model, kind_of, model_config
 from prime_jax.models.bundle import read_tensors
-from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.state_dict import load_state_dict
 
-Config = PredictorConfig | Mapping[str, Any] | str | Path
+Config = AnyConfig | Mapping[str, Any] | str | Path
 
 
-def from_torch(source: str | Path | Mapping[str, Any], config: Config | None = None) -> EmbeddingPredictor:
+def from_torch(source: str | Path | Mapping[str, Any], config: Config | None = None) -> Model:
     """Build the JAX model whose weights PyTorch trained.
 
     Args:
         source: A `.pt`, `.pth` or `.safetensors` file, a bundle folder, or tensors (torch's or numpy's) by
-            the plan's names. Half precision becomes float32.
+            the names of `state_dict`. Half precision becomes float32.
         config: Shape and behaviour: a config, its fields, or a bundle's config.json. Not needed for a
             bundle, nor for a file of `save_checkpoint`, which hold their own.
 
@@ -78,36 +78,42 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     return dict(model.state_dict()), saved["config"]
 
 
-def _as_config(config: Config | None, where: str) -> PredictorConfig:
-    if isinstance(config, PredictorConfig):
-        return config
+def _as_config(config: Config | None, where: str) -> AnyConfig:
     if config is None:
         raise PredictorError(f"{where}: holds no config; name the config.json of the bundle it came from")
     fields: Mapping[str, Any]
     if isinstance(config, Mapping):
         fields = config
+    elif not isinstance(config, str | Path):
+        return config
     else:
         where = str(config)
         read = read_json(Path(config))
         if not isinstance(read, dict) or not isinstance(read.get("model"), dict):
             raise PredictorError(f"{where}: has no section 'model'")
         fields = read["model"]
+    if kind_of(dict(fields)) not in KINDS:
+        raise PredictorError(f"{where}: model.kind {fields['kind']!r} is none of {', '.join(KINDS)}")
     try:
-        return PredictorConfig(**fields)
+        return model_config(fields)
     except pydantic.ValidationError as invalid:
         first = invalid.errors()[0]
         field = ".".join(["model", *map(str, first["loc"])])
         raise PredictorError(f"{where}: {field}: {first['msg']}") from None
 
 
-def _check_same(own: PredictorConfig, given: PredictorConfig, where: str) -> None:
+_COMPUTED_BY = (
+    *("kind", "num_heads", "context_attention", "residual", "max_delta", "max_context_length"),
+    *("routing", "fine_input"),
+)
+
+
+def _check_same(own: AnyConfig, given: AnyConfig, where: str) -> None:
     """Refuse a config that would compute something else with the same weights."""
-    for name in ("num_heads", "context_attention", "residual", "max_delta", "max_context_length"):
-        if getattr(own, name) != getattr(given, name):
-            raise PredictorError(
-                f"{where}: was saved with {name} {getattr(own, name)!r}, the config given says "
-                f"{getattr(given, name)!r}"
-            )
+    for name in _COMPUTED_BY:
+        before, now = getattr(own, name, None), getattr(given, name, None)
+        if before != now:
+            raise PredictorError(f"{where}: was saved with {name} {before!r}, the config given says {now!r}")
 
 
 def _as_float32(tensor: Any) -> np.ndarray[Any, np.dtype[Any]]:

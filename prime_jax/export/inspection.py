@@ -14,9 +14,9 @@ from rich.text import Text
 from prime_jax.config import load_stored_config
 from prime_jax.errors import CheckpointError, ExportError, PredictorError
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest
+from prime_jax.models import DEFAULT_KIND, AnyConfig
 from prime_jax.models.bundle import KIND as BUNDLE
 from prime_jax.models.bundle import read_config
-from prime_jax.models.prime import PredictorConfig
 from prime_jax.train import checkpoints
 
 
@@ -99,10 +99,12 @@ def _one(folder: Path) -> dict[str, Any]:
     }
 
 
-def _parameters(model: PredictorConfig) -> int:
+def _parameters(model: AnyConfig) -> int:
     from flax import nnx
 
-    return int(nnx.eval_shape(lambda: model.build(rngs=nnx.Rngs(0))).num_params())
+    counted: list[int] = []
+    nnx.eval_shape(lambda: counted.append(model.build(rngs=nnx.Rngs(0)).num_params()))  # no array is made
+    return counted[0]
 
 
 def _print(found: Mapping[str, Any]) -> None:
@@ -119,13 +121,7 @@ def _print(found: Mapping[str, Any]) -> None:
     table.add_column()
     table.add_column(overflow="fold")
     table.add_row("version", f"{facts['model_version']} (format {facts['format_version']})")
-    table.add_row(
-        "model",
-        f"{found['parameters']:,} parameters: {model['num_layers']} layers of {model['hidden_dim']}, "
-        f"{model['num_heads']} heads, D {model['input_dim']}, E {model['output_dim']}, "
-        f"N {model['max_context_length']}, residual {model['residual']}, attention "
-        f"{model['context_attention']}",
-    )
+    table.add_row("model", f"{found['parameters']:,} parameters: {_shape(model)}")
     if training := found["training"]:
         table.add_row(
             "training",
@@ -152,6 +148,21 @@ def _print(found: Mapping[str, Any]) -> None:
         table.add_row(Text(name), str(item["files"]), _size(item["bytes"]), digest[:16])
     console.print(table)
     console.print("These are the manifest's words; prime-jax verify checks every file.", style="dim")
+
+
+def _shape(model: Mapping[str, Any]) -> str:
+    """A model's config in a line."""
+    ends = f"D {model['input_dim']}, E {model['output_dim']}"
+    if model["kind"] == DEFAULT_KIND:
+        return (
+            f"{model['num_layers']} layers of {model['hidden_dim']}, {model['num_heads']} heads, {ends}, "
+            f"N {model['max_context_length']}, residual {model['residual']}, attention "
+            f"{model['context_attention']}"
+        )
+    words = f"{model['kind']}, stacks of {model['num_layers']} blocks of {model['hidden_dim']}, {ends}"
+    if "num_subspaces" in model:
+        words += f", {model['num_subspaces']} subspaces, routing {model['routing']}"
+    return f"{words}, residual {model['residual']}"
 
 
 def _size(count: int) -> str:

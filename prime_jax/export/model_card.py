@@ -4,11 +4,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prime_jax._version import __version__
+from prime_jax.export.interface import inputs_of, outputs_of
+from prime_jax.models import AnyConfig
 from prime_jax.models.prime import PredictorConfig
+from prime_jax.models.subspace import SubspaceConfig
 
 
 def model_card(
-    config: PredictorConfig,
+    config: AnyConfig,
     parameters: int,
     facts: Mapping[str, Any],
     parity: Mapping[str, Any],
@@ -30,12 +33,13 @@ def model_card(
     """
     parts = [
         "# Embedding predictor",
-        "Predicts the embedding of the passage that should be retrieved, from the embeddings of the past "
-        "turns and of the current query. Search your index with the prediction instead of the query.",
+        f"Predicts the embedding of the passage that should be retrieved, from {_given(config)}. Search your "
+        "index with the prediction instead of the query.",
         f"Version {version}, exported with prime-jax {__version__}; {parameters:,} parameters; residual "
-        f"`{config.residual}`, context attention `{config.context_attention}`.",
+        f"`{config.residual}`{_behaviour(config)}.",
         "## Inputs and output",
         _shapes(config),
+        _EXPLANATION if isinstance(config, SubspaceConfig) else "",
         _encoder(facts),
         _MEMORY if memory_mapped else "",
         "## Use",
@@ -43,7 +47,7 @@ def model_card(
         "## Training and evaluation",
         _origin(facts),
         "## Agreement with JAX",
-        _agreement(parity),
+        _agreement(config, parity),
         _precisions(parity.get("precisions")),
         "## What it gives away about its training data",
         _leak(parity.get("leak_check")),
@@ -64,14 +68,41 @@ _MEMORY = (
 )
 
 
+_EXPLANATION = (
+    "The prediction is `coarse + fine`. `coarse` lies among the centroids of the subspaces that `routing` "
+    "chose, clusters of the training data; the norm of `fine` says how far the prediction is from what they "
+    "stand for."
+)
+
+
+def _given(config: AnyConfig) -> str:
+    if isinstance(config, PredictorConfig):
+        return "the embeddings of the past turns and of the current query"
+    return "the embedding of a question and a steering vector that says where to look"
+
+
+def _behaviour(config: AnyConfig) -> str:
+    if isinstance(config, PredictorConfig):
+        return f", context attention `{config.context_attention}`"
+    if isinstance(config, SubspaceConfig):
+        return f", {config.num_subspaces} subspaces, routing `{config.routing}`"
+    return ""
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _shapes(config: PredictorConfig) -> str:
+def _shapes(config: AnyConfig) -> str:
     N, D, E = config.max_context_length, config.input_dim, config.output_dim
+    if not isinstance(config, PredictorConfig):
+        rows = []
+        for tensor in (*inputs_of(config), *outputs_of(config)):
+            sizes = ", ".join(map(str, tensor.sizes))
+            rows.append([f"`{tensor.name}`", f"{tensor.dtype} [B, {sizes}]", tensor.meaning])
+        return table(["name", "type", "meaning"], rows)
     return table(
         ["name", "type", "meaning"],
         [
@@ -98,10 +129,35 @@ def _encoder(facts: Mapping[str, Any]) -> str:
             f"In training the turns were the top {facts['first_pass_k']} passages of a first search with the "
             "query, best last; give it the same."
         )
+    if "steering" in facts:
+        sentences.append(f"On the validation data the steering vectors were those of `{facts['steering']}`.")
     return " ".join(sentences)
 
 
-def _usage(config: PredictorConfig) -> str:
+_STEERED_USAGE = """```python
+import prime_jax                                         # JAX
+
+embedding = prime_jax.load("bundle").steer(question, steering)
+```
+
+```python
+import onnxruntime                                       # ONNX Runtime
+
+session = onnxruntime.InferenceSession("bundle/model.onnx")
+inputs = {"context": steering[:, None], "context_mask": has_steering[:, None], "query": question}
+(embedding,) = session.run(["embedding"], inputs)
+```
+
+```python
+from torch_runtime import load_bundle                    # PyTorch; copy torch_runtime.py beside your code
+
+embedding = load_bundle("bundle").predict(question, steering)
+```"""
+
+
+def _usage(config: AnyConfig) -> str:
+    if not isinstance(config, PredictorConfig):
+        return _STEERED_USAGE
     N = config.max_context_length
     return f"""```python
 import prime_jax                                         # JAX
@@ -225,21 +281,36 @@ def _leak(found: Mapping[str, Any] | None) -> str:
     )
 
 
-def _agreement(parity: Mapping[str, Any]) -> str:
+def _agreement(config: AnyConfig, parity: Mapping[str, Any]) -> str:
     rows = []
     for name in ("onnxruntime", "torch"):
         found = parity[name]
-        figures = [f"{found['max_abs_difference']:.1e}", f"{found['min_cosine']:.9f}"]
-        rows.append([name, *figures] if found["checked"] else [name, f"not checked: {found['why']}", ""])
-    return (
-        f"Over {parity['rows']} golden requests (golden.safetensors), one per number of turns:\n\n"
-        + table(["runtime", "largest difference", "smallest cosine"], rows)
+        if not found["checked"]:
+            rows.append([name, f"not checked: {found['why']}", ""])
+            continue
+        cosine = f"{found['min_cosine']:.9f}"
+        each = found.get("outputs", {"embedding": found})
+        for output, figures in each.items():
+            shown = name if len(each) == 1 else f"{name}, `{output}`"
+            difference = f"{figures['max_abs_difference']:.1e}"
+            rows.append([shown, difference, cosine if output == "embedding" else ""])
+    prime = isinstance(config, PredictorConfig)
+    which = "one per number of turns" if prime else "every second one without steering"
+    return f"Over {parity['rows']} golden requests (golden.safetensors), {which}:\n\n" + table(
+        ["runtime", "largest difference", "smallest cosine"], rows
     )
 
 
-def _limits(config: PredictorConfig) -> str:
+def _limits(config: AnyConfig) -> str:
+    if isinstance(config, PredictorConfig):
+        first = f"- At most {config.max_context_length} turns are looked at; pass the newest ones.\n"
+    else:
+        first = (
+            "- Steering that is made from the right answer finds it more often than any that is made from a "
+            "question alone; measure with what you will really have.\n"
+        )
     return (
-        f"- At most {config.max_context_length} turns are looked at; pass the newest ones.\n"
+        f"{first}"
         "- Embeddings of another encoder, or with other prefixes, give meaningless answers and no error.\n"
         "- The prediction is as good as the training data is close to yours: measure it beside the plain "
         "query on your own data before relying on it."

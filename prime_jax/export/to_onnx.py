@@ -1,6 +1,7 @@
 """The predictor as an ONNX file: inputs `context`, `context_mask`, `query`, output `embedding`, any batch.
 
-The number of turns is fixed at max_context_length; `context_mask` says which of them are real.
+The number of turns is fixed at max_context_length; `context_mask` says which of them are real. A steered
+model has one, its steering vector; with subspaces it also gives `routing`, `coarse` and `fine`.
 """
 
 import tempfile
@@ -13,25 +14,20 @@ import jax.numpy as jnp
 
 from prime_jax._version import __version__
 from prime_jax.errors import ExportError
+from prime_jax.export.interface import INPUTS, check_centroids, inputs_of, outputs_of
 from prime_jax.export.onnx_graph import tidy
 from prime_jax.export.optional import need
-from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models import Model
+from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+from prime_jax.models.subspace import SubspaceConfig
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it since 1.17
 OPSETS = range(17, 24)  # 17 is the first with LayerNormalization
-INPUTS = ("context", "context_mask", "query")
-OUTPUT = "embedding"
 LARGEST = 2**31 - 2**24  # bytes of weights; protobuf ends at 2 GiB, larger models keep them in a second file
-_MEANING = {
-    "context": "Embeddings of the past turns, oldest first, [B, N, D]; padded slots are ignored.",
-    "context_mask": "True where a turn is real, [B, N]; all False for the first turn of a conversation.",
-    "query": "Embedding of the current query, [B, D].",
-    "embedding": "Unit-norm embedding to search with, [B, E].",
-}
 
 
 def to_onnx(
-    model: EmbeddingPredictor, path: Path, *, opset: int = OPSET, facts: Mapping[str, object] | None = None
+    model: Model, path: Path, *, opset: int = OPSET, facts: Mapping[str, object] | None = None
 ) -> None:
     """Write `model` to `path`, and to `path` + ".data" where its weights are too large for one file.
 
@@ -42,9 +38,10 @@ def to_onnx(
         facts: Further entries of the file's metadata, such as `model_version`.
 
     Raises:
-        ExportError: If jax2onnx, onnx or onnx_ir is missing, the opset is none of these, or the result is not
-            valid ONNX.
+        ExportError: If jax2onnx, onnx or onnx_ir is missing, the opset is none of these, the result is not
+            valid ONNX, or all centroids of the model are zero.
     """
+    check_centroids(model)
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     ir, onnx = need("onnx_ir", "onnx"), need("onnx", "onnx")
@@ -64,15 +61,21 @@ def to_onnx(
             part.replace(path.with_name(part.name))
 
 
-def _traced(model: EmbeddingPredictor, opset: int) -> Any:
+def _traced(model: Model, opset: int) -> Any:
     """What jax2onnx makes of the model, as an `onnx_ir.Model`."""
     jax2onnx = need("jax2onnx", "onnx")
     (batch,) = jax.export.symbolic_shape("B")
     shapes = model.config.fake_inputs(1)
     inputs = [jax.ShapeDtypeStruct((batch, *shapes[name].shape[1:]), shapes[name].dtype) for name in INPUTS]
 
-    def predict(context: jax.Array, context_mask: jax.Array, query: jax.Array) -> jax.Array:
-        return jnp.asarray(model(context, query, context_mask))
+    outputs = [output.name for output in outputs_of(model.config)]
+
+    def predict(context: jax.Array, context_mask: jax.Array, query: jax.Array) -> Any:
+        if isinstance(model, EmbeddingPredictor):
+            return jnp.asarray(model(context, query, context_mask))
+        found = model.details(context, query, context_mask)._asdict()
+        answers = tuple(jnp.asarray(found[name]) for name in outputs)
+        return answers if len(answers) > 1 else answers[0]
 
     return jax2onnx.to_onnx(
         predict,
@@ -81,26 +84,33 @@ def _traced(model: EmbeddingPredictor, opset: int) -> Any:
         opset=opset,
         return_mode="ir",
         input_names=list(INPUTS),
-        output_names=[OUTPUT],
+        output_names=outputs,
         normalization_mode="prefer_native",
     )
 
 
-def _describe(graph: Any, model: EmbeddingPredictor, more: Mapping[str, object]) -> None:
+def _describe(graph: Any, model: Model, more: Mapping[str, object]) -> None:
     """Say in the file itself what it is and what its inputs mean."""
     config = model.config
-    facts: Mapping[str, object] = {
+    facts: dict[str, object] = {
         "prime_jax": __version__,
         "input_dim": config.input_dim,
         "output_dim": config.output_dim,
         "max_context_length": config.max_context_length,
         "normalised": "true",
         "residual": config.residual,
-        "context_attention": config.context_attention,
-        "precision": "fp32",
-        **more,
     }
+    if isinstance(config, PredictorConfig):
+        facts["context_attention"] = config.context_attention
+        given = "past turns and a query"
+    else:
+        facts["kind"] = config.kind
+        given = "a question and a steering vector"
+    if isinstance(config, SubspaceConfig):
+        facts |= {"num_subspaces": config.num_subspaces, "routing": config.routing}
+    facts |= {"precision": "fp32", **more}
     graph.metadata_props.update({name: str(fact) for name, fact in facts.items()})
-    graph.doc_string = "Predicts the embedding of the passage to retrieve from past turns and a query."
+    graph.doc_string = f"Predicts the embedding of the passage to retrieve from {given}."
+    meanings = {tensor.name: tensor.meaning for tensor in (*inputs_of(config), *outputs_of(config))}
     for value in (*graph.graph.inputs, *graph.graph.outputs):
-        value.doc_string = _MEANING[value.name]
+        value.doc_string = meanings[value.name]

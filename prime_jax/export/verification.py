@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import CheckpointError, ExportError, PredictorError
+from prime_jax.export.interface import torch_source
 from prime_jax.export.signing import verify_signature
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest, verify_manifest
+from prime_jax.models import DEFAULT_KIND
 from prime_jax.models.bundle import KIND as BUNDLE
-from prime_jax.models.bundle import read_tensors
+from prime_jax.models.bundle import read_config, read_tensors
 from prime_jax.train.checkpoints import KIND as CHECKPOINT
 from prime_jax.train.checkpoints import list_checkpoints
 
-RUNTIME = Path(__file__).with_name("torch_runtime.py")
+RUNTIME = "torch_runtime.py"
 ROOM = 1e-4  # that a processor which rounds in another order may take from float32
 ROOM_IN_COSINE = 1e-3  # the same for lower precisions, beside what was measured when they were written
 
@@ -81,9 +83,18 @@ def verify(
     if onnx:
         yield from _onnx(folder, manifest)
     if torch:
-        if (folder / RUNTIME.name).read_bytes() != RUNTIME.read_bytes() and public_key is None:
-            yield f"{RUNTIME.name}: of another version, not run without --public-key; ours is instead"
-        yield _exact(folder, "torch", None, trusted=public_key is not None)
+        ours = _our_runtime(folder)
+        if (folder / RUNTIME).read_bytes() != ours.read_bytes() and public_key is None:
+            yield f"{RUNTIME}: of another version, not run without --public-key; ours is instead"
+        yield _exact(folder, "torch", None, runtime_file=ours if public_key is None else None)
+
+
+def _our_runtime(bundle: Path) -> Path:
+    """The torch module of ours for the kind of model that a bundle holds."""
+    try:
+        return torch_source(read_config(bundle).kind)
+    except CheckpointError:  # running it will say what is wrong with the config
+        return torch_source(DEFAULT_KIND)
 
 
 def _signature(folder: Path, public_key: Path | None) -> Iterator[str]:
@@ -104,7 +115,7 @@ def _onnx(bundle: Path, manifest: dict[str, Any]) -> Iterator[str]:
             continue
         golden = _golden(bundle)
         answers = _run(bundle / file, partial(onnxruntime_answers, golden, bundle, file))
-        cosine = min_cosine(answers, golden["embedding"])
+        cosine = min_cosine(answers["embedding"], golden["embedding"])
         try:
             found = read_json(bundle / "parity.json")["precisions"][precision]
             expected = float(found["golden_min_cosine"])
@@ -119,20 +130,28 @@ def _onnx(bundle: Path, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{file}: smallest cosine to the golden answers {cosine:.6f} ({expected:.6f} where written)"
 
 
-def _exact(bundle: Path, runtime: str, file: str | None, *, trusted: bool = False) -> str:
-    from prime_jax.export.golden import onnxruntime_answers, torch_answers
+def _exact(bundle: Path, runtime: str, file: str | None, *, runtime_file: Path | None = None) -> str:
+    from prime_jax.export.golden import differences, onnxruntime_answers, torch_answers
 
-    golden, name = _golden(bundle), file or "torch_runtime.py"
+    golden, name = _golden(bundle), file or RUNTIME
     work = (
         partial(onnxruntime_answers, golden, bundle, file)
         if file
-        else partial(torch_answers, golden, bundle, None if trusted else RUNTIME)
+        else partial(torch_answers, golden, bundle, runtime_file)
     )
-    difference = float(abs(_run(bundle / name, work) - golden["embedding"]).max())
-    if not difference <= ROOM:
-        raise CheckpointError(
-            f"{bundle / name}: {runtime} differs from the golden answers by {difference:.1e} on this machine"
-        )
+    answers = _run(bundle / name, work)
+    try:
+        found = differences(answers, golden)
+    except ExportError as unlike:
+        raise CheckpointError(f"{bundle / name}: {unlike}") from None
+    for output, difference in found.items():
+        if not difference <= ROOM:
+            where = "" if output == "embedding" else f" in {output}"
+            raise CheckpointError(
+                f"{bundle / name}: {runtime} differs from the golden answers by {difference:.1e}{where} on "
+                "this machine"
+            )
+    difference = max(found.values())
     count = len(golden["embedding"])
     return f"{name}: {count} golden requests in {runtime}, largest difference {difference:.1e}"
 

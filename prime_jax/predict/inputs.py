@@ -128,3 +128,22 @@ def finite(name: str, array: Vectors, real: np.ndarray | None = None) -> None:
     if bad.any():
         where = ", ".join(str(int(part)) for part in np.argwhere(bad)[0])
         raise PredictorError(f"{name}[{where}] holds NaN or Inf (or a number too large for float32)")
+
+
+def padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The array with zeros behind it, up to `shape` on its first axes; itself where it has that shape."""
+    if array.shape[: len(shape)] == shape:
+        return array
+    padded = np.zeros((*shape, *array.shape[len(shape) :]), array.dtype)
+    padded[tuple(slice(size) for size in array.shape)] = array
+    return padded
+
+
+def sample(config: AnyConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:
+    """Fixed random unit vectors to measure with: full windows, `[B, N, D]`, `[B, D]` and `[B, N]`."""
+    random = np.random.default_rng(0)
+    context = random.normal(size=(batch, config.max_context_length, config.input_dim)).astype(np.float32)
+    query = random.normal(size=(batch, config.input_dim)).astype(np.float32)
+    context /= np.linalg.norm(context, axis=-1, keepdims=True)
+    query /= np.linalg.norm(query, axis=-1, keepdims=True)
+    return context, query, np.ones(context.shape[:2], bool)

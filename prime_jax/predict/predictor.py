@@ -20,14 +20,14 @@ from numpy.typing import ArrayLike
 from prime_jax._version import __version__
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, PredictorError
-from prime_jax.models import AnyConfig, Model
+from prime_jax.models import Model
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.confidence import Confidence, read_confidence
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.compiled import compile_ahead
-from prime_jax.predict.inputs import Request, Vectors, checked, steered_request
+from prime_jax.predict.inputs import Request, Vectors, checked, padded, sample, steered_request
 from prime_jax.predict.judging import Answer, check_guard, judge
 from prime_jax.predict.passes import forward_pass
 from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_known, choose
@@ -330,8 +330,8 @@ class Predictor:
             batch = next(size for size in self._buckets if size >= rows)
             recipe = self._choice(batch).recipe
             shape = (batch, self.model.config.max_context_length)
-            context, query = _padded(context, shape), _padded(query, shape[:1])
-            mask = _padded(mask, shape)
+            context, query = padded(context, shape), padded(query, shape[:1])
+            mask = padded(mask, shape)
         else:  # no fixed shape to measure: what was asked for, or exact
             recipe = self._choice(self._buckets[-1]).recipe if self._precision == "bfloat16" else EXACT
         program = self._program(len(mask), mask.shape[1], recipe)
@@ -345,7 +345,7 @@ class Predictor:
             return self._choices[batch]
 
     def _choose(self, batch: int, precision: Precision) -> Choice:
-        inputs = _sample(self.model.config, batch)
+        inputs = sample(self.model.config, batch)
 
         def prepare(recipe: Recipe) -> Callable[[], jax.Array]:
             program = self._program(batch, self.model.config.max_context_length, recipe)
@@ -382,22 +382,3 @@ class Predictor:
         dtypes = {recipe.dtype for recipe in recipes}
         self._programs = {key: program for key, program in self._programs.items() if key[2] in recipes}
         self._weights = {dtype: weights for dtype, weights in self._weights.items() if dtype in dtypes}
-
-
-def _padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The array with zeros behind it, up to `shape` on its first axes; itself where it has that shape."""
-    if array.shape[: len(shape)] == shape:
-        return array
-    padded = np.zeros((*shape, *array.shape[len(shape) :]), array.dtype)
-    padded[tuple(slice(size) for size in array.shape)] = array
-    return padded
-
-
-def _sample(config: AnyConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:
-    """Fixed random unit vectors to measure with: full windows, `[B, N, D]`, `[B, D]` and `[B, N]`."""
-    random = np.random.default_rng(0)
-    context = random.normal(size=(batch, config.max_context_length, config.input_dim)).astype(np.float32)
-    query = random.normal(size=(batch, config.input_dim)).astype(np.float32)
-    context /= np.linalg.norm(context, axis=-1, keepdims=True)
-    query /= np.linalg.norm(query, axis=-1, keepdims=True)
-    return context, query, np.ones(context.shape[:2], bool)

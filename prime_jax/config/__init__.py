@@ -1,0 +1,24 @@
+"""The configuration of a run: what can be set, and how it is read."""
+
+from prime_jax.config.reading import load_stored_config, nearest, read_config, to_yaml
+from prime_jax.config.sections import (
+    Config,
+    DataConfig,
+    MeshConfig,
+    MonitorConfig,
+    SteeringConfig,
+    TrainingConfig,
+)
+
+__all__ = [
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "MonitorConfig",
+    "SteeringConfig",
+    "TrainingConfig",
+    "load_stored_config",
+    "nearest",
+    "read_config",
+    "to_yaml",
+]

@@ -1,0 +1,189 @@
+"""The settings of a run, by section; `Config` describes a run completely and is stored with it."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prime_jax.frozen import Frozen
+from prime_jax.losses.jasper import JasperLossConfig
+from prime_jax.models import DEFAULT_KIND, ModelConfig
+from prime_jax.models.prime import PredictorConfig
+
+Variant = Literal["centroid", "keyword", "residual", "predicted"]
+
+
+class TrainingConfig(Frozen):
+    """How a predictor is trained (spec section 8, plan section 4)."""
+
+    learning_rate: float = Field(default=1e-4, gt=0, description="peak learning rate of AdamW")
+    weight_decay: float = Field(default=0.01, ge=0, description="decoupled weight decay, on matrices only")
+    batch_size: int = Field(default=64, ge=1, description="examples per step, over all devices")
+    micro_batch_size: int = Field(
+        default=0, ge=0, description="examples whose activations are held at a time; 0: the whole batch"
+    )
+    num_epochs: int = Field(default=10, ge=1, description="passes over the training split")
+    warmup_steps: int = Field(default=1000, ge=0, description="linear warm-up; at most a tenth of the run")
+    gradient_checkpointing: bool = Field(default=True, description="recompute activations to save memory")
+    remat_policy: Literal["blocks", "dots"] = Field(
+        default="blocks", description="what gradient_checkpointing recomputes: all, or all but products"
+    )
+    mixed_precision: bool = Field(default=True, description="matrix products in bfloat16")
+    gradient_clip_val: float = Field(
+        default=1.0, ge=0, description="largest gradient norm; 0 turns clipping off"
+    )
+    accumulate_grad_batches: int = Field(default=1, ge=1, description="batches per optimizer update")
+    temperature: float = Field(default=0.07, gt=0, description="InfoNCE temperature")
+    temperature_schedule: Literal["fixed", "learned", "annealed"] = Field(
+        default="fixed", description="whether the temperature is trained (0.01 to 0.5) or moves to the end"
+    )
+    temperature_end: float = Field(default=0.02, gt=0, description="last temperature when annealed")
+    projection_dim: int = Field(
+        default=0, ge=0, description="ProjNCE: dimension of a learned projection to compare in; 0: none"
+    )
+    projection_weight: float = Field(
+        default=1.0, gt=0, description="weight of the loss in the projection beside the plain one"
+    )
+    target: Literal["frozen", "slow", "ema"] = Field(
+        default="frozen", description="targets as encoded, or through a head that is trained slowly"
+    )
+    y_encoder_lr_multiplier: float = Field(
+        default=0.05, ge=0, le=1, description="learning rate of the target head, as a share"
+    )
+    ema_start: float = Field(default=0.996, ge=0, lt=1, description="first decay of target: ema")
+    ema_end: float = Field(default=0.999, ge=0, lt=1, description="last decay of target: ema")
+    positives: Literal["one", "all"] = Field(
+        default="one", description="a row per right answer, or a row per example with all of them"
+    )
+    negatives: Literal["batch", "corpus"] = Field(
+        default="batch", description="what a prediction is told from: the batch's targets, or all passages"
+    )
+    corpus_chunk: int = Field(default=8192, ge=1, description="passages at a time for negatives: corpus")
+    num_negatives: int = Field(default=0, ge=0, description="explicit negatives per example, from the data")
+    context_negatives: bool = Field(default=False, description="the turns' own passages are negatives too")
+    mined_negatives: int = Field(default=0, ge=0, le=10, description="hard negatives found by searching")
+    mine_every_epochs: int = Field(default=1, ge=1, description="epochs between two searches for negatives")
+    mining_margin: float = Field(
+        default=0.05, ge=0, lt=1, description="how far a negative stays below the positive, relatively"
+    )
+    rotation: float = Field(
+        default=0.0, ge=0, le=1, description="share of batches turned at random; helps on unseen topics"
+    )
+    average_weights: float = Field(
+        default=0.0, ge=0, lt=1, description="decay of a moving average of weights that predicts; 0: none"
+    )
+    seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
+    eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")
+    select_by: Literal["MRR@10", "unseen MRR@10"] = Field(
+        default="MRR@10", description="dev figure of the best checkpoint; unseen: answers not in train"
+    )
+    save_every_steps: int = Field(default=0, ge=0, description="steps between more checkpoints; 0: none")
+    params_dtype: Literal["bfloat16", "float32"] = Field(
+        default="bfloat16", description="dtype of the saved inference parameters"
+    )
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "TrainingConfig":
+        if self.micro_batch_size and self.batch_size % self.micro_batch_size:
+            raise ValueError(
+                f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
+            )
+        if self.negatives == "corpus":
+            for name, off in (("target", "frozen"), ("projection_dim", 0)):
+                if getattr(self, name) != off:
+                    raise ValueError(
+                        f"negatives 'corpus' compares with the passages as they are encoded; {name} moves "
+                        "what is compared: use negatives 'batch'"
+                    )
+        return self
+
+
+class DataConfig(Frozen):
+    """Which texts are trained on, and which encoder embeds them."""
+
+    path: str | None = Field(default=None, description="folder with corpus.jsonl, train.jsonl, dev.jsonl")
+    store: str | None = Field(
+        default=None, description="embedding store; default: embeddings/ in the data folder"
+    )
+    encoder: str = Field(default="minilm", description="minilm, a model folder, or module:name of an Encoder")
+    query_prefix: str = Field(default="", description="put before queries and turns when encoding")
+    passage_prefix: str = Field(default="", description="put before passages when encoding")
+    context_from: Literal["data", "search"] = Field(
+        default="data", description="turns come from the data, or from a first dense search"
+    )
+    first_pass_k: int = Field(default=10, ge=1, description="passages per query for context_from: search")
+
+
+class SteeringConfig(Frozen):
+    """Which steering vectors JASPER is trained and judged with (JASPER plan; docs/jasper.md)."""
+
+    path: str | None = Field(
+        default=None, description="what `prime-jax steering` wrote; default: steering/ in the data folder"
+    )
+    variants: tuple[Variant, ...] = Field(
+        default=("centroid", "keyword", "residual"), min_length=1, description="that training draws from"
+    )
+    zero_start: float = Field(default=0.5, ge=0, le=1, description="share of rows without steering at first")
+    zero_end: float = Field(default=0.1, ge=0, le=1, description="that share in the end")
+    zero_epochs: float = Field(default=100.0, gt=0, description="epochs from the first to the last share")
+    hard_negatives: bool = Field(default=True, description="use the hard negatives of the steering folder")
+    judge_with: Literal["zero", "centroid", "keyword", "residual", "predicted"] = Field(
+        default="predicted", description="steering on dev; centroid leaks the answer's cluster"
+    )
+
+
+class MeshConfig(Frozen):
+    """How devices are arranged; -1 means all that are left."""
+
+    data: int = Field(default=-1, ge=-1, description="groups of devices that share the batch")
+    fsdp: int = Field(default=1, ge=1, description="devices that share weights and optimizer state")
+
+
+class MonitorConfig(Frozen):
+    """Where a run's figures go besides history.jsonl, history.csv and curves.png."""
+
+    tensorboard: bool = Field(default=False, description="also to tensorboard/ in the run folder")
+    wandb: str | None = Field(default=None, description="also to this Weights & Biases project")
+    log_every: int = Field(default=20, ge=1, description="steps between two rows of the history")
+
+
+# What a steered model takes as it is: its targets do not move, its one turn is the steering vector.
+_STEERED_ONLY = (
+    ("train", "target", "frozen"),
+    ("train", "positives", "one"),
+    ("train", "rotation", 0.0),
+    ("train", "context_negatives", False),
+    ("data", "context_from", "data"),
+)
+
+
+class Config(Frozen):
+    """Everything that defines a run."""
+
+    model: ModelConfig = Field(default_factory=PredictorConfig)
+    train: TrainingConfig = Field(default_factory=TrainingConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    mesh: MeshConfig = Field(default_factory=MeshConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    steering: SteeringConfig = Field(default_factory=SteeringConfig)
+    jasper: JasperLossConfig = Field(default_factory=JasperLossConfig)
+
+    @property
+    def steered(self) -> bool:
+        """Whether the model takes a steering vector in place of turns."""
+        return self.model.kind != DEFAULT_KIND
+
+    @model_validator(mode="after")
+    def _sections_fit_together(self) -> "Config":
+        if self.steered:
+            for section, name, only in _STEERED_ONLY:
+                given = getattr(getattr(self, section), name)
+                if given != only:
+                    raise ValueError(
+                        f"{section}.{name} is {given!r}, but a {self.model.kind} model needs {only!r}"
+                    )
+        if self.train.rotation and self.model.input_dim != self.model.output_dim:
+            raise ValueError(
+                f"train.rotation turns queries and predictions alike, so model.input_dim "
+                f"{self.model.input_dim} must equal model.output_dim {self.model.output_dim}"
+            )
+        return self

@@ -1,0 +1,1 @@
+"""Why a steered model predicts what it predicts (JASPER plan, task 12)."""

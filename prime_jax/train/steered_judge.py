@@ -1,0 +1,61 @@
+"""What a steered model does with each kind of steering, and how well its router knows the clusters."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float32
+
+from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.data.steered import VARIANTS, ZERO, Steering, steered
+from prime_jax.train.predicting import SplitPredictor
+from prime_jax.train.state import Graph, TrainState
+
+Measure = Callable[[Float32[np.ndarray, "n E"]], Mapping[str, Any]]
+
+
+class SteeredJudge:
+    """Scores a split under every steering variant.
+
+    Args:
+        graph: Structure of the model.
+        data: The dataset.
+        split: Name of the split.
+        steering: Its steering.
+        judge_with: The variant whose clusters and routing are looked at.
+        mesh: The devices.
+    """
+
+    def __init__(
+        self, graph: Graph, data: EmbeddedDataset, split: str, steering: Steering, judge_with: str, mesh: Mesh
+    ):
+        self._predictors = {
+            variant: SplitPredictor(graph, steered(data, steering, variant), split, mesh)
+            for variant in (ZERO, *VARIANTS)
+        }
+        self._judge_with, self._centroids = judge_with, steering.centroids
+        counts = np.array([len(ids) for ids in data.splits[split].positives])
+        self._cluster = np.asarray(steering.clusters(split)[np.cumsum(counts) - counts])
+
+    def __call__(self, state: TrainState, measure: Measure) -> dict[str, float]:
+        """`MRR@10` by variant, and accuracy of clusters and routing; `centroid` steering leaks the cluster.
+
+        Args:
+            state: What predicts.
+            measure: Gives the metrics of every query for predictions of the split.
+        """
+        scores = {}
+        for variant, predict in self._predictors.items():
+            found = predict.details(state)
+            embedding = np.asarray(found.embedding)
+            scores[f"{variant} MRR@10"] = float(np.mean(measure(embedding)["MRR@10"]))
+            if variant != self._judge_with:
+                continue
+            nearest = np.argmax(embedding @ self._centroids.T, axis=1)
+            scores["cluster accuracy"] = float(np.mean(nearest == self._cluster))
+            if found.logits is not None:
+                chosen = np.argmax(np.asarray(found.logits), axis=1)
+                scores["routing accuracy"] = float(np.mean(chosen == self._cluster))
+                scores["mean atypicality"] = float(np.mean(np.linalg.norm(np.asarray(found.fine), axis=1)))
+        return scores
