@@ -40,7 +40,7 @@ def model_card(
         "## Inputs and output",
         _shapes(config),
         _EXPLANATION if isinstance(config, SubspaceConfig) else "",
-        _encoder(facts),
+        _encoder(config, facts),
         _MEMORY if memory_mapped else "",
         "## Use",
         _usage(config),
@@ -114,14 +114,15 @@ def _shapes(config: AnyConfig) -> str:
     )
 
 
-def _encoder(facts: Mapping[str, Any]) -> str:
+def _encoder(config: AnyConfig, facts: Mapping[str, Any]) -> str:
     """Which embeddings the model takes."""
     if "encoder" not in facts:
         return (
             "Inputs must come from the encoder that the model was trained with; this bundle does not name it."
         )
     sentences = [f"All embeddings, also those of the passages, come from the encoder `{facts['encoder']}`."]
-    for name, what in (("query_prefix", "Queries and turns"), ("passage_prefix", "Passages")):
+    queries = "Queries and turns" if isinstance(config, PredictorConfig) else "Questions"
+    for name, what in (("query_prefix", queries), ("passage_prefix", "Passages")):
         if facts.get(name):
             sentences.append(f"{what} are encoded with `{facts[name]}` in front.")
     if facts.get("context_from") == "search":
@@ -154,8 +155,15 @@ from torch_runtime import load_bundle                    # PyTorch; copy torch_r
 embedding = load_bundle("bundle").predict(question, steering)
 ```"""
 
+_EXPLAINED_USAGE = (
+    "`session.run(None, inputs)` and, in PyTorch, `explain(question, steering)` also give `routing`, "
+    "`coarse` and `fine`."
+)
+
 
 def _usage(config: AnyConfig) -> str:
+    if isinstance(config, SubspaceConfig):
+        return _STEERED_USAGE + "\n\n" + _EXPLAINED_USAGE
     if not isinstance(config, PredictorConfig):
         return _STEERED_USAGE
     N = config.max_context_length

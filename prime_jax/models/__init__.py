@@ -27,7 +27,7 @@ def model_config(given: Mapping[str, Any]) -> AnyConfig:
     return KINDS[given.get("kind", DEFAULT_KIND)](**given)
 
 
-def kind_of(given: Any) -> str | None:
+def kind_of(given: Any) -> Any:
     """Which model a configuration or its content as a mapping is for; without a word the default one."""
     return given.get("kind", DEFAULT_KIND) if isinstance(given, dict) else getattr(given, "kind", None)
 

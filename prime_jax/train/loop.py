@@ -24,6 +24,7 @@ from prime_jax.train.optim import learning_rate
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.program import TrainingProgram
 from prime_jax.train.state import build_graph
+from prime_jax.train.steered_plots import plot_steering
 from prime_jax.train.step import Metrics
 from prime_jax.train.trackers import open_trackers
 from prime_jax.train.validate import Validated, Validator
@@ -275,6 +276,9 @@ class _Run:
         if is_main():
             self.history.write_csv()
             plot_curves(self.history, self.validate.plain_query, self.out / "curves.png")
+            if self.config.steered:
+                plain = self.validate.plain_query[checkpoints.SELECT_BY]
+                plot_steering(self.history, plain, self.out / "steering.png")
 
     def _epoch(self, step: int) -> float:
         return round(step / float(self.epoch_steps), 4)
