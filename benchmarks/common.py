@@ -34,7 +34,7 @@ def random_model(file: Path = CONFIG) -> EmbeddingPredictor:
     return model
 
 
-def sample(config: PredictorConfig, count: int) -> list[Asked]:
+def sample(config: AnyConfig, count: int) -> list[Asked]:
     """Random unit vectors as requests; the i-th has 1 + i % N turns."""
     random = np.random.default_rng(0)
 

@@ -63,10 +63,10 @@ def _model(folder: Path) -> Any:
     from safetensors.numpy import load_file
 
     from prime_jax.files import read_json
-    from prime_jax.models import ModelConfig
+    from prime_jax.models import model_config
     from prime_jax.models.state_dict import load_state_dict
 
-    config = ModelConfig(**read_json(folder / "config.json")["model"])
+    config = model_config(read_json(folder / "config.json")["model"])
     return load_state_dict(config, load_file(folder / "model.safetensors"))
 
 

@@ -126,6 +126,8 @@ def measure(run: Path | None, data: Path | None, rounds: int) -> dict[str, Any]:
     """Everything, in a temporary folder."""
     predictor = None if run is None else load(run, precision="float32")
     model = PredictorConfig().build(rngs=nnx.Rngs(0)) if predictor is None else predictor.model
+    if not isinstance(model, EmbeddingPredictor):
+        sys.exit(f"this benchmark is for PRIME's transformer, not for a {model.config.kind} model")
     result: dict[str, Any] = {"parameters": model.num_params(), "model": model.config.model_dump()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

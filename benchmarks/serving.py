@@ -31,7 +31,7 @@ from benchmarks.common import facts, random_model, sample
 from benchmarks.http_client import Call, Client, chunked, post
 from prime_jax.export.bundle import write_bundle
 from prime_jax.files import write_json
-from prime_jax.models.prime import PredictorConfig
+from prime_jax.models import AnyConfig
 from prime_jax.predict.schema import PredictorOutput, to_base64
 from prime_jax.serve.settings import ServeSettings
 
@@ -40,7 +40,7 @@ TOLERANCE = 1e-5
 START_SECONDS = 300
 
 
-def valid_calls(config: PredictorConfig) -> list[Call]:
+def valid_calls(config: AnyConfig) -> list[Call]:
     """Each request once as numbers and once as base64, asking for its answer in the same form."""
     calls = []
     for row, (context, query) in enumerate(sample(config, DIFFERENT)):
@@ -55,7 +55,7 @@ def valid_calls(config: PredictorConfig) -> list[Call]:
     return calls
 
 
-def bad_calls(config: PredictorConfig) -> list[Call]:
+def bad_calls(config: AnyConfig) -> list[Call]:
     """One of each kind, with the status it must get; None where nobody is left to receive one."""
     limit = ServeSettings(run=Path()).body_limit(config)
     vector = [0.5] * config.input_dim
@@ -75,7 +75,7 @@ def bad_calls(config: PredictorConfig) -> list[Call]:
     ]
 
 
-def plan(config: PredictorConfig, requests: int, bad_every: int) -> list[Call]:
+def plan(config: AnyConfig, requests: int, bad_every: int) -> list[Call]:
     """The valid requests in a shuffled order, and after every few a bad one, all kinds in turn."""
     valid, bad = valid_calls(config), bad_calls(config)
     order = np.random.default_rng(0).permutation(requests) % len(valid)

@@ -235,6 +235,10 @@ def run(given: Namespace) -> None:
     """Write the memories, ask the questions, compare."""
     manifest = verify(given.bundle)
     config = json.loads((given.bundle / "config.json").read_text())
+    if config["model"].get("kind", "prime") != "prime":
+        raise BundleError(
+            f"{given.bundle}: its model takes a steering vector in place of turns; this script gives it turns"
+        )
     if config.get("context_from") == "search":
         raise BundleError(
             f"{given.bundle}: takes the passages of a first search as turns; this script takes the data's"

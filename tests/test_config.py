@@ -6,7 +6,10 @@ import pytest
 
 from prime_jax.config import Config, TrainingConfig, load_stored_config, read_config, to_yaml
 from prime_jax.errors import ConfigError
+from prime_jax.models import KINDS
+from prime_jax.models.jasper import JasperConfig
 from prime_jax.models.prime import PredictorConfig
+from prime_jax.models.subspace import SubspaceConfig
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 
@@ -151,6 +154,100 @@ def test_yaml_with_the_names_of_the_requirement_loads(tmp_path: Path, text: str)
 def test_printed_config_reads_back_as_itself(tmp_path: Path) -> None:
     config = read_config(None, ["--model.residual", "copy", "--data.query-prefix", "query: "])
     assert load_stored_config(write(tmp_path, to_yaml(config))) == config
+
+
+KINDED = {
+    "prime": ["--model.residual", "copy", "--train.target", "ema"],
+    "jasper": ["--model.output-dim", "96", "--jasper.stage-in", '{"vicreg": [1, 2.5], "jepa": [0, 3]}'],
+    "subspace": ["--model.num-subspaces", "7", "--steering.variants", '["keyword", "predicted"]'],
+}
+
+
+@pytest.mark.parametrize("kind", KINDED)
+def test_printed_config_of_every_kind_reads_back_as_itself(tmp_path: Path, kind: str) -> None:
+    config = read_config(None, ["--model.kind", kind, *KINDED[kind]])
+    assert type(config.model) is KINDS[kind]
+    file = write(tmp_path, to_yaml(config))
+    assert load_stored_config(file) == read_config(file) == config
+    assert config != read_config(None, ["--model.kind", kind])
+
+
+def test_file_environment_or_command_line_choose_the_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The later wins; what a file says of a field that both kinds have stays."""
+    file = write(tmp_path, "model: {kind: jasper, hidden_dim: 64}")
+    assert type(read_config().model) is PredictorConfig
+    assert read_config(file).model == JasperConfig(hidden_dim=64)
+    assert read_config(write(tmp_path, "kind: jasper\nhidden_dim: 64")).model == JasperConfig(hidden_dim=64)
+    monkeypatch.setenv("PRIME_MODEL__KIND", "subspace")
+    monkeypatch.setenv("PRIME_MODEL__NUM_SUBSPACES", "5")
+    assert read_config(file).model == SubspaceConfig(hidden_dim=64, num_subspaces=5)
+    monkeypatch.delenv("PRIME_MODEL__NUM_SUBSPACES")
+    for words in (["--model.kind", "jasper"], ["--model.kind=jasper"]):
+        assert read_config(file, words).model == JasperConfig(hidden_dim=64)
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("kind: japser", [], r"settings\.yaml: model\.kind: 'japser' is none of prime, jasper, subspace"),
+        ("model: {kind: [jasper]}", [], r"settings\.yaml: model\.kind: \['jasper'\] is none of"),
+        ("", ["--model.kind", "japser"], r"option: model\.kind: 'japser' is none of"),
+        ("", ["--model.kind"], "model.kind: expected one argument"),
+        (
+            "model: {kind: jasper, num_heads: 4}",
+            [],
+            r"unknown key model\.num_heads: model\.kind is jasper, only prime has it",
+        ),
+        (
+            "model: {kind: jasper}",
+            ["--model.num_heads", "4"],
+            r"unknown option --model\.num-heads: model\.kind is jasper, only prime has it",
+        ),
+        (
+            "",
+            ["--model.num-subspaces=4"],
+            r"--model\.num-subspaces: model\.kind is prime, only subspace has it",
+        ),
+        ("model: {kind: jasper, num_heds: 4}", [], r"unknown key model\.num_heds"),
+        ("model: {kind: jasper, dropout: 0.9}", [], r"model\.dropout: .*given: 0\.9"),
+        ("model: {kind: subspace, output_dim: 9}", [], "input_dim 384 must equal output_dim 9"),
+        ("jasper: {stage_in: {vicrig: [0, 1]}}", [], "stage_in names 'vicrig'"),
+        ("steering: {variants: [centroid, thin air]}", [], r"steering\.variants\.1: .*'thin air'"),
+    ],
+)
+def test_a_mistake_about_kinds_is_explained(
+    tmp_path: Path, text: str, options: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(write(tmp_path, text), options)
+
+
+def test_an_unknown_kind_in_the_environment_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRIME_MODEL__KIND", "japser")
+    with pytest.raises(ConfigError, match=r"^environment: model\.kind: 'japser' is none of"):
+        read_config()
+
+
+@pytest.mark.parametrize("kind", ["jasper", "subspace"])
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("train.target", "ema"),
+        ("train.target", "slow"),
+        ("train.positives", "all"),
+        ("train.rotation", "0.5"),
+        ("train.context-negatives", "true"),
+        ("data.context-from", "search"),
+    ],
+)
+def test_what_a_steered_model_does_not_take_is_refused(kind: str, setting: str, value: str) -> None:
+    """Fine for PRIME; with a steering vector as the one turn, and targets that stay, it makes no sense."""
+    name = setting.replace("-", "_")
+    with pytest.raises(ConfigError, match=rf"^configuration: {name} is .*, but a {kind} model needs"):
+        read_config(None, ["--model.kind", kind, f"--{setting}", value])
+    assert read_config(None, [f"--{setting}", value]) != read_config()
 
 
 def test_a_config_cannot_be_changed() -> None:

@@ -142,9 +142,11 @@ def test_torch_is_imported_in_export_only() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in FILES if path.stem == "torch_runtime"], ids=lambda path: path.stem
+    "path",
+    [ROOT / "export" / name for name in ("torch_runtime.py", "torch_jasper.py")],
+    ids=lambda path: path.stem,
 )
-def test_the_torch_runtime_stands_alone(path: Path) -> None:
+def test_what_lies_in_a_bundle_stands_alone(path: Path) -> None:
     modules = {top(module) for owner, _, (module, _) in library_imports() if owner == path}
     assert "torch" in modules
     assert modules - sys.stdlib_module_names == {"torch"}

@@ -166,4 +166,5 @@ class DecomposedJasperPredictor(nnx.Module):
     def num_params(self) -> int:
         """Number of trained numbers; the centroids are not."""
         leaves = jax.tree.leaves(nnx.state(self, nnx.Param))
-        return int(sum(leaf.size for leaf in leaves) - self.centroids[...].size)
+        frozen = self.config.num_subspaces * self.config.output_dim
+        return sum(int(leaf.size) for leaf in leaves) - frozen

@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from prime_jax.errors import ConfigError
-from prime_jax.models.prime import PredictorConfig
+from prime_jax.models import AnyConfig
 
 TEXT_BYTES = 32
 """Room for one number of a request: 17 digits, sign, exponent, separators."""
@@ -49,7 +49,7 @@ class ServeSettings(BaseSettings):
         """Whether answers are guarded, where a guard is possible or not."""
         return possible if self.guard == "auto" else self.guard == "on"
 
-    def body_limit(self, model: PredictorConfig) -> int:
+    def body_limit(self, model: AnyConfig) -> int:
         """Largest request body in bytes for a model."""
         if self.max_body_bytes is not None:
             return self.max_body_bytes

@@ -3,7 +3,6 @@
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from prime_jax.config import TrainingConfig
@@ -42,25 +41,14 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
     clip = (
         optax.clip_by_global_norm(config.gradient_clip_val) if config.gradient_clip_val else optax.identity()
     )
-    slowed = _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier)
-    optimizer = optax.chain(_held(), clip, adamw, slowed, _held())
+    optimizer = optax.chain(clip, adamw, _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier))
     if config.accumulate_grad_batches == 1:
         return optimizer
     return optax.MultiSteps(optimizer, config.accumulate_grad_batches).gradient_transformation()
 
 
-def _held() -> optax.GradientTransformation:
-    """Leave what is frozen, the centroids of a router, exactly as it is."""
-
-    def hold(updates: Any, params: Any = None) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda at, leaf: jnp.zeros_like(leaf) if _frozen(at) else leaf, updates
-        )
-
-    return optax.stateless(hold)
-
-
 def _frozen(path: Any) -> bool:
+    """Whether this is never trained: centroids get no gradient, and without decay they stay as they are."""
     return any(getattr(part, "key", None) == CENTROIDS for part in path)
 
 

@@ -37,21 +37,21 @@ class StepPlan:
 
     Attributes:
         total_steps: Length of the run, for what moves with its progress.
-        epoch_steps: Length of an epoch, for what moves with epochs.
         remat: What the backward pass recomputes instead of keeping it (FR-PRED-010).
         micro_batch: Rows whose activations are held at a time; 0 for the whole batch.
         ema: First and last decay of the averaged target head.
         rotation: Share of batches that are turned (see `prime_jax.train.rotation`); needs D = E.
         average_weights: Decay of the moving average of the weights, where the state has one.
+        epoch_steps: Length of an epoch, for what moves with epochs.
     """
 
     total_steps: int = 1
-    epoch_steps: int = 1
     remat: Remat = "none"
     micro_batch: int = 0
     ema: tuple[float, float] = (0.996, 0.999)
     rotation: float = 0.0
     average_weights: float = 0.0
+    epoch_steps: int = 1
 
 
 def make_train_step(

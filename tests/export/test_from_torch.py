@@ -10,12 +10,13 @@ from safetensors.torch import save_file
 from test_export_parity import in_torch
 
 import prime_jax
-from prime_jax.config import Config, ModelConfig
+from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.export.__main__ import main
 from prime_jax.export.bundle import write_bundle
 from prime_jax.export.from_torch import from_torch
 from prime_jax.export.torch_runtime import EmbeddingPredictor
+from prime_jax.models.prime import PredictorConfig
 from prime_jax.train.setup import starting_weights
 
 FIELDS = {"residual": "copy", "context_attention": "causal", "use_torch_compile": False}
@@ -112,7 +113,7 @@ def test_the_command_makes_a_bundle_that_training_can_start_from(
     predictor = prime_jax.load(out)
     same(predictor.model, tuned)
     assert predictor.info()["encoder"] == "minilm-0123"
-    model = ModelConfig(**{**predictor.model.config.model_dump(), "checkpoint_path": str(out)})
+    model = PredictorConfig(**{**predictor.model.config.model_dump(), "checkpoint_path": str(out)})
     weights = starting_weights(Config(model=model))
     np.testing.assert_array_equal(weights["pred_token"], tuned.pred_token.detach()[0, 0])
 

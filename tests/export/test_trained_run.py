@@ -213,7 +213,11 @@ def test_verify_notices_a_machine_that_computes_otherwise(
     from prime_jax.export import golden
 
     true = golden.onnxruntime_answers
-    monkeypatch.setattr(golden, "onnxruntime_answers", lambda *given: true(*given) + np.float32(0.01))
+
+    def moved(*given: Any) -> golden.Arrays:
+        return {name: array + np.float32(0.01) for name, array in true(*given).items()}
+
+    monkeypatch.setattr(golden, "onnxruntime_answers", moved)
     assert verification.main([str(copied), "--run-onnx"]) == 1
     assert "model.onnx: onnxruntime differs from the golden answers by 1.0e-02" in capsys.readouterr().err
 

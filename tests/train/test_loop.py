@@ -20,7 +20,7 @@ from prime_jax.train import interrupt as interrupt_module
 from prime_jax.train.__main__ import main
 from prime_jax.train.checkpoints import load_model
 from prime_jax.train.program import TrainingProgram
-from prime_jax.train.setup import embedded, say_how_many_negatives, warn_of_unused
+from prime_jax.train.setup import prepared, say_how_many_negatives, warn_of_unused
 from prime_jax.train.state import pure_params
 
 
@@ -263,7 +263,7 @@ def test_every_source_of_negatives_and_all_right_answers(settings: list[str], tm
 
 def program_of(settings: list[str], options: list[str]) -> tuple[Config, Any, int]:
     config = read_config(None, [*settings, *options])
-    return config, embedded(config)[0], 30
+    return config, prepared(config).data, 30
 
 
 def test_a_profile_of_a_few_steps(settings: list[str], tmp_path: Path) -> None:

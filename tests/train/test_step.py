@@ -17,6 +17,7 @@ from prime_jax.train.optim import make_optimizer
 from prime_jax.train.sharding import make_mesh
 from prime_jax.train.state import build_graph, init_state
 from prime_jax.train.step import StepPlan, make_train_step
+from prime_jax.types import Prediction
 
 EVERYTHING = Objective(schedule="learned", projection_dim=4, target="ema")
 
