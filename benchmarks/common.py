@@ -12,6 +12,7 @@ from flax import nnx
 
 from prime_jax._version import __version__
 from prime_jax.config import read_config
+from prime_jax.models import AnyConfig
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 
 CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"

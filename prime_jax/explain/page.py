@@ -61,8 +61,9 @@ def _card(found: Explanation) -> str:
 
 
 def _facts(found: Explanation) -> str:
-    told = [f"steering moved the prediction by {found.steering_influence.l2:.2f}"]
-    if found.steering_influence.kl is not None:
+    moved = found.steering_influence.l2
+    told = [f"steering moved the prediction by {moved:.2f}" if moved else "not steered"]
+    if moved and found.steering_influence.kl is not None:
         told.append(f"and the routing by {found.steering_influence.kl:.2f} nats")
     if found.routing_entropy is not None:
         told.append(f"· entropy {found.routing_entropy:.2f} nats")

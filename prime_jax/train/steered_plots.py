@@ -50,8 +50,11 @@ def plot_steering(history: History, plain_query: float, file: Path) -> bool:
     _line(router, judged, "cluster accuracy", "cluster of the prediction, dev", style="o-")
     _finish(router, "Router and clusters")
     _line(schedules, training, "gumbel_temperature", "Gumbel temperature")
-    _line(schedules, training, "ema_decay", "EMA decay (tau)")
     _finish(schedules, "Schedules")
+    if any("ema_decay" in row for row in training):
+        right = schedules.twinx()
+        _line(right, training, "ema_decay", "EMA decay (tau), right", style="--")
+        right.legend(frameon=False, fontsize=8, loc="lower right")
     for name in ("spread", "mean_length", "vicreg_variance", "atypicality"):
         _line(gauges, training, name, name.replace("_", " "))
     _finish(gauges, "Signs of collapse")
@@ -74,6 +77,7 @@ def _shares(axes: "Axes", rows: Sequence[Row]) -> None:
     axes.stackplot(epochs, *([row[f"steering_{name}"] for row in rows] for name in shown), labels=shown)
     axes.set(ylim=(0, 1), xlim=(min(epochs), max(max(epochs), min(epochs) + 1e-6)))
     _finish(axes, "Steering in training")
+    axes.legend(fontsize=8, loc="lower left")
 
 
 def _line(axes: "Axes", rows: Sequence[Row], name: str, label: str, style: Any = "-") -> None:

@@ -112,6 +112,23 @@ def test_schedules_follow_steps_and_epochs() -> None:
     assert targets == pytest.approx([start, (start + 0.1) / 2, 0.1, 0.1, 0.1], rel=1e-5)
 
 
+def test_the_noise_of_the_routing_anneals_in_the_step_itself() -> None:
+    """Two ends of the temperature: the same step at first, and another one halfway."""
+    ends = (1.0, 0.1)
+    routed = [
+        run(
+            2,
+            ROUTED.model_copy(update={"gumbel_end": end}),
+            plan=StepPlan(2),
+            optimizer=optax.sgd(0.0),
+        )[1]
+        for end in ends
+    ]
+    first, halfway = ([told[step]["disentanglement"] for told in routed] for step in (0, 1))
+    assert first[0] == first[1]
+    assert halfway[0] != pytest.approx(halfway[1], rel=0.01)
+
+
 def test_a_stage_sets_in_at_its_epoch() -> None:
     """VICReg from epoch 1 on; until then the run is that of a run without it."""
     plan, staged = StepPlan(10, epoch_steps=2), objective(stage_in={"vicreg": (1.0, 2.0)})
