@@ -16,7 +16,7 @@ from prime_jax.explain.known import KnownPairs, Usual, nearest_centroid, rank_am
 from prime_jax.explain.signal import Reading, signal_of
 from prime_jax.models import Model
 from prime_jax.models.jasper import SteeredConfig
-from prime_jax.predict.inputs import steered_request
+from prime_jax.predict.inputs import checked, steered_request
 from prime_jax.types import Prediction
 
 ROWS = 256
@@ -82,9 +82,10 @@ class Explainer:
         self, questions: ArrayLike, steering: ArrayLike | None = None, *, texts: Sequence[str] = ()
     ) -> list[Explanation]:
         """Explain many predictions; as `explain_prediction`, with `[B, D]` and B texts."""
-        context, asked, _ = steered_request(self.config, questions, steering)
-        if asked.ndim != 2 or asked.shape[1] != self.config.input_dim:
-            raise PredictorError(f"questions have shape {asked.shape}, expected [B, {self.config.input_dim}]")
+        request = checked(self.config, *steered_request(self.config, questions, steering))
+        asked, context = request.query, request.context
+        if request.single:
+            raise PredictorError("explain_batch takes [B, D]; for one question call explain_prediction")
         if texts and len(texts) != len(asked):
             raise PredictorError(f"{len(asked)} questions have {len(texts)} texts")
         steered, plain = self._answers(asked, context[:, 0]), self._answers(asked, np.zeros_like(asked))

@@ -124,6 +124,8 @@ def prepared(config: Config) -> Prepared:
             f"{len(steering.centroids)} clusters; set --model.num-subspaces {len(steering.centroids)}"
         )
     facts["steering_hash"] = steering.hash
+    if isinstance(config.model, SubspaceConfig):
+        facts["subspaces"] = list(steering.names)  # so that a bundle can name them
     return Prepared(steered(data, steering, config.steering.judge_with), facts, steering)
 
 
