@@ -47,4 +47,4 @@ def routing_weights(logits: Float[Array, "B K"], how: AtInference) -> Float[Arra
 def one_hot_forward(soft: Float[Array, "B K"]) -> Float[Array, "B K"]:
     """The largest weight as 1 and the others as 0, with the gradient of the soft weights."""
     hard = jax.nn.one_hot(jnp.argmax(soft, axis=-1), soft.shape[-1])
-    return hard + (soft - jax.lax.stop_gradient(soft))  # in this order the sum is exactly `hard`
+    return soft + jax.lax.stop_gradient(hard - soft)

@@ -1,18 +1,17 @@
 """What a steered model does with each kind of steering, and how well its router knows the clusters."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.steered import VARIANTS, ZERO, Steering, steered
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.state import Graph, TrainState
 
-Measure = Callable[[Float32[np.ndarray, "n E"]], Mapping[str, Any]]
+Rank = Callable[[Float32[np.ndarray, "n E"]], Int64[np.ndarray, " n"]]
 
 
 class SteeredJudge:
@@ -38,18 +37,19 @@ class SteeredJudge:
         counts = np.array([len(ids) for ids in data.splits[split].positives])
         self._cluster = np.asarray(steering.clusters(split)[np.cumsum(counts) - counts])
 
-    def __call__(self, state: TrainState, measure: Measure) -> dict[str, float]:
+    def __call__(self, state: TrainState, rank: Rank) -> dict[str, float]:
         """`MRR@10` by variant, and accuracy of clusters and routing; `centroid` steering leaks the cluster.
 
         Args:
             state: What predicts.
-            measure: Gives the metrics of every query for predictions of the split.
+            rank: Gives the rank of the first right passage for predictions of the split, 0 beyond the tenth.
         """
         scores = {}
         for variant, predict in self._predictors.items():
             found = predict.details(state)
             embedding = np.asarray(found.embedding)
-            scores[f"{variant} MRR@10"] = float(np.mean(measure(embedding)["MRR@10"]))
+            ranks = rank(embedding)
+            scores[f"{variant} MRR@10"] = float(np.mean(np.where(ranks > 0, 1 / np.maximum(ranks, 1), 0.0)))
             if variant != self._judge_with:
                 continue
             nearest = np.argmax(embedding @ self._centroids.T, axis=1)

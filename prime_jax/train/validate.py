@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float, Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.steered import ZERO, Steering
 from prime_jax.models.confidence import Confidence
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.groups import linked
-from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.metrics import first_rank, ranking_metrics
 from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import Rows, search
 from prime_jax.retrieval.vectors import unit
@@ -85,11 +85,7 @@ class Validator:
     def __call__(self, state: TrainState) -> Validated:
         """Score the predictions of a state, and fit how far they can be trusted."""
         predicted, trained = self._predictor(state), self._predict_train(state)
-        steered = (
-            self._steered(state, lambda vectors: self._measured(vectors, self._corpus))
-            if self._steered
-            else {}
-        )
+        steered = self._steered(state, self._ranks) if self._steered else {}
         head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None)
@@ -126,17 +122,24 @@ class Validator:
             answer_centres=calibration.centres_of(trained),
         )
 
+    def _ranks(self, vectors: Vectors) -> Int64[np.ndarray, " n"]:
+        """Rank of each query's first right passage, 0 beyond `DEPTH`."""
+        return first_rank(self._found(vectors, self._corpus), self._split.positives)
+
     def _measured(self, vectors: Vectors, corpus: Rows) -> dict[str, Any]:
         """Every ranking metric of every query."""
-        _, found = search(
+        return ranking_metrics(self._found(vectors, corpus), self._split.positives)
+
+    def _found(self, vectors: Vectors, corpus: Rows) -> Int64[np.ndarray, "n depth"]:
+        found: Int64[np.ndarray, "n depth"] = search(
             vectors,
             corpus,
             DEPTH,
             exclude=self._split.exclude,
             query_scope=self._split.scope,
             corpus_scope=self._data.corpus_scope,
-        )
-        return ranking_metrics(found, self._split.positives)
+        )[1]
+        return found
 
     def _means(self, metrics: Mapping[str, Any]) -> Scores:
         scores = {name: float(np.mean(values)) for name, values in metrics.items()}
