@@ -31,7 +31,7 @@ from prime_jax.config import Config, read_config
 from prime_jax.data.embedded import embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.prepare import prepare
-from prime_jax.data.steered import STEERING, VARIANTS, ZERO, Steering, open_steering, steered
+from prime_jax.data.steered import VARIANTS, ZERO, Steering, open_steering, steered
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import tune
 from prime_jax.evaluate.evaluation import baselines
@@ -41,7 +41,9 @@ from prime_jax.files import read_json, write_json
 from prime_jax.models import Model
 from prime_jax.retrieval.metrics import ranking_metrics
 from prime_jax.train.loop import train
+from prime_jax.train.setup import steering_folder
 
+_ELSEWHERE: Any = {"data": {"path", "store"}, "steering": {"path"}}
 STEERED = (ZERO, *VARIANTS)
 
 
@@ -60,13 +62,15 @@ class Opened(NamedTuple):
 def opened(config: Config, split: str) -> Opened:
     """Train, dev and the split to measure on; the ridge regression is fitted on train and tuned on dev."""
     assert config.data.path is not None
-    folder, encoder = Path(config.data.path), load_encoder(config.data.encoder)
+    source, encoder = config.data, load_encoder(config.data.encoder)
+    prefixes: Any = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     names = tuple(dict.fromkeys(("train", "dev", split)))
-    dataset, store = prepare(folder, names, encoder)
-    embedded = embed_dataset(dataset, store, max_context_length=1)
-    steering = open_steering(folder / STEERING, embedded, encoder.identity)
+    kept = None if source.store is None else Path(source.store)
+    dataset, store = prepare(Path(config.data.path), names, encoder, store_folder=kept, **prefixes)
+    embedded = embed_dataset(dataset, store, max_context_length=1, **prefixes)
+    steering = open_steering(steering_folder(config), embedded, encoder.identity, **prefixes)
     arrays = {
-        variant: split_arrays(dataset, steered(embedded, steering, variant), encoder, config.data)
+        variant: split_arrays(dataset, steered(embedded, steering, variant), encoder, source, turns=False)
         for variant in STEERED
     }
     corpus = Corpus(embedded.corpus(), embedded.corpus_scope)
@@ -176,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = read_config(given.config, common)
     data = opened(base, given.split)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
-    told = base.model_dump(exclude={"data": {"path", "store"}})
+    told = base.model_dump(mode="json", exclude=_ELSEWHERE)
     same = {"data_hash": data.hash, "seeds": given.seeds, "split": given.split, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")
@@ -199,10 +203,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             if result["variants"][name]["settings"] != words.split():
                 parser.error(f"{given.out} holds another variant {name!r}; give this one another name")
             continue
-        runs = [
-            one_run(read_config(given.config, [*common, *words.split(), f"--train.seed={seed}"]), data)
+        configs = [
+            read_config(given.config, [*common, *words.split(), f"--train.seed={seed}"])
             for seed in given.seeds
         ]
+        if configs[0].data != base.data or configs[0].steering.path != base.steering.path:
+            parser.error(f"{name}: changes what is read; make that a study of its own, with another --out")
+        runs = [one_run(config, data) for config in configs]
         row = {"settings": words.split(), "seeds": [about for _, about in runs], **described(runs, data)}
         result.setdefault("variants", {})[name] = row
         write_json(given.out, result)

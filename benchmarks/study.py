@@ -39,6 +39,8 @@ from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import Rows
 from prime_jax.train.loop import train
 
+# Where the data lies, and what only steered models read; kept out of what a file is compared by.
+_ELSEWHERE: Any = {"data": {"path", "store"}, "model": {"kind"}, "steering": True, "jasper": True}
 METRICS = ("P@5", "R@10", "MRR@10", "nDCG@10")
 JUDGED = ("P@5", "MRR@10")
 Figures = Mapping[str, ndarray]
@@ -56,6 +58,8 @@ class Opened(NamedTuple):
 
 def opened(config: Config, unseen_key: str | None) -> Opened:
     """Train and dev, encoded (once; the store is kept beside the data)."""
+    if config.steered:
+        sys.exit(f"a {config.model.kind} model takes steering, no turns: see benchmarks.steering_study")
     assert config.data.path is not None
     source, encoder = config.data, load_encoder(config.data.encoder)
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
@@ -146,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = read_config(given.config, common)
     data = opened(base, given.unseen)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
-    told = base.model_dump(exclude={"data": {"path", "store"}})
+    told = base.model_dump(mode="json", exclude=_ELSEWHERE)
     same = {"data_hash": data.hash, "seeds": given.seeds, "unseen_key": given.unseen, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")

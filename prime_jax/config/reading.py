@@ -76,7 +76,7 @@ def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config
     """
     given = {} if file is None else _read_yaml(file)
     words = [_dashed(word) for word in options]
-    kind = _kind(given, words, str(file))
+    kind = _kind(given, words, os.environ, str(file))
     _check(_with_kind(given, kind), str(file))
     _check_names(
         [word.split("=")[0] for word in words if word.startswith("--")], _option_names, kind, "option"
@@ -100,7 +100,7 @@ def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config
 def load_stored_config(file: Path) -> Config:
     """Read a configuration written by `to_yaml`, and nothing else: no environment, no options."""
     given = _read_yaml(file)
-    _kind(given, [], str(file))
+    _kind(given, [], {}, str(file))
     return _check(given, str(file))
 
 
@@ -120,11 +120,11 @@ def _with_kind(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {**given, "model": {**model, "kind": kind}} if isinstance(model, dict) else dict(given)
 
 
-def _kind(given: Mapping[str, Any], words: Sequence[str], origin: str) -> str:
+def _kind(given: Mapping[str, Any], words: Sequence[str], environment: Mapping[str, str], origin: str) -> str:
     """Which model is asked for: it decides which settings there are."""
     model = given.get("model") or {}
     found = kind_of(model) if isinstance(model, dict) else DEFAULT_KIND
-    for name, value in os.environ.items():
+    for name, value in environment.items():
         if name.upper() == f"{ENV_PREFIX}MODEL__KIND":
             found, origin = value, "environment"
     for index, word in enumerate(words):

@@ -130,6 +130,12 @@ class SteeringConfig(Frozen):
         default="predicted", description="steering on dev; centroid leaks the answer's cluster"
     )
 
+    @model_validator(mode="after")
+    def _less_and_less_unsteered(self) -> "SteeringConfig":
+        if self.zero_end > self.zero_start:
+            raise ValueError(f"zero_end {self.zero_end} is above zero_start {self.zero_start}")
+        return self
+
 
 class MeshConfig(Frozen):
     """How devices are arranged; -1 means all that are left."""

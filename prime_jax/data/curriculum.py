@@ -64,6 +64,14 @@ class SteeredRows:
         """Store rows of the steering of some pairs."""
         return steering_rows(self.data, self.steering, self.split, pairs, codes)
 
+    def rights(self) -> tuple[Int64[np.ndarray, " _"], ...]:
+        """Per example the right answers of all examples with the same question: none of them is a negative."""
+        examples = self.data.splits[self.split]
+        known: dict[int, set[int]] = {}
+        for query, ids in zip(examples.query_rows.tolist(), examples.positives, strict=True):
+            known.setdefault(query, set()).update(ids.tolist())
+        return tuple(np.array(sorted(known[query]), np.int64) for query in examples.query_rows.tolist())
+
     def clusters(self, pairs: Int64[np.ndarray, " b"]) -> Int64[np.ndarray, " b"]:
         """Clusters of the right answers of some pairs."""
         return np.asarray(self.steering.clusters(self.split)[pairs], np.int64)

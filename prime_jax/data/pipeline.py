@@ -92,7 +92,8 @@ class TrainingBatches:
         self._data, self._examples, self._positives = data, examples, positives
         self._steering, self._seed, self._steps, self._batch_size = steering, seed, steps, batch_size
         self._example_of, self._target_of = _rows(data, split, positives)
-        self._right = _padded(examples.positives, max(map(len, examples.positives)))
+        rights = examples.positives if steering is None else steering.rights()
+        self._right = _padded(rights, max(map(len, rights)))
         self._given = _padded([ids[:num_negatives] for ids in examples.negatives], num_negatives)
         self._negatives = self._given
         share = batch_size // process_count
@@ -145,6 +146,7 @@ class TrainingBatches:
             epoch = place / self._steps
             drawn = steering.curriculum.draw(place, self._batch_size, seed=self._seed, epoch=epoch)[mine]
             turns = steering.turns(rows, drawn)
+            drawn = np.where(turns[:, 0] == EMPTY, 0, drawn)  # a question without keywords goes unsteered
             negatives = _without_repeats(np.concatenate([negatives, steering.negatives(rows)], axis=1))
             more = {"cluster": steering.clusters(rows), "steering": drawn}
         context, mask = gather(data.store, turns)

@@ -12,6 +12,7 @@ from prime_jax.evaluate.evaluation import PREDICTED, Evaluation
 from prime_jax.evaluate.page import page
 from prime_jax.evaluate.plots import figure_result, figures, found_within
 from prime_jax.evaluate.reliability import COVERAGE
+from prime_jax.evaluate.steering import steering_words
 from prime_jax.evaluate.words import Example, headline, markdown
 
 RUN_DEPTH = 20  # rows of each ranking in a run file
@@ -48,7 +49,7 @@ def report_values(evaluation: Evaluation, facts: Mapping[str, Any]) -> dict[str,
         "split": evaluation.split,
         "queries": len(evaluation.test.query),
         "corpus": evaluation.corpus,
-        "headline": headline(evaluation),
+        "headline": headline(evaluation) + steering_words(facts),
         "methods": {
             name: {metric: method.mean(metric) for metric in method.metrics}
             for name, method in methods.items()

@@ -15,16 +15,15 @@ from jaxtyping import Int64
 from prime_jax.config import DataConfig
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import Encoder, encode_texts, load_encoder
-from prime_jax.data.extended import Extended
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
-from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.ablation import ablated
 from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.reliability import Judged
 from prime_jax.evaluate.report import Texts, write_report
+from prime_jax.evaluate.steering import check_not_steered, steer, steering_facts
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
 from prime_jax.retrieval.groups import linked
@@ -68,8 +67,9 @@ def evaluate_run(
     predictor = load(run, precision="float32")  # the same figures on every machine
     wanted = tuple(dict.fromkeys((*_TUNING, split)))
     opened = open_data(predictor, run, data, wanted, store=store, steering=steering)
-    dataset, embedded, encoder, source, _ = opened
-    splits = split_arrays(dataset, embedded, encoder, source)
+    dataset, embedded, encoder, source = opened
+    turns = not (predictor.config and predictor.config.steered)
+    splits = split_arrays(dataset, embedded, encoder, source, turns=turns)
     test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
     predicted = predictor.predict(test.context, test.query, test.mask)
     with ExitStack() as opened_indexes:
@@ -92,7 +92,11 @@ def evaluate_run(
             judged=_judged(predictor, test, predicted),
             ablated=ablated(predictor, test, seed) if ablation else None,
         )
-    facts = {"index": index, **_facts(predictor.info(), dataset, embedded, encoder)}
+    facts = {
+        "index": index,
+        **steering_facts(predictor, steering),
+        **_facts(predictor.info(), dataset, embedded, encoder),
+    }
     return write_report(out, evaluation, _texts(dataset, split), facts)
 
 
@@ -108,13 +112,12 @@ def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged 
 
 
 class OpenedData(NamedTuple):
-    """Data that a predictor can be measured on: texts, embeddings, where these come from, and steering."""
+    """Data that a predictor can be measured on: its texts, their embeddings, and where these come from."""
 
     dataset: Dataset
     embedded: EmbeddedDataset
     encoder: Encoder
     source: DataConfig
-    steering: Steering | None = None
 
 
 def open_data(
@@ -161,13 +164,9 @@ def open_data(
         **prefixes,
     )
     if predictor.config.steered:
-        given = predictor.config.steering
-        folder = Path(given.path) if given.path and data == Path(source.path or "") else data / STEERING
-        opened = open_steering(folder, embedded, encoder.identity, **prefixes)
-        embedded = steered(embedded, opened, steering or given.judge_with)
-        return OpenedData(dataset, embedded, encoder, source, opened)
-    if steering is not None:
-        raise ConfigError(f"{run}: its model takes turns, no steering; leave --steering out")
+        embedded = steer(predictor, run, data, embedded, encoder.identity, steering)
+    else:
+        check_not_steered(steering, run)
     return OpenedData(dataset, embedded, encoder, source)
 
 
@@ -177,11 +176,24 @@ def conversations(examples: Sequence[Example]) -> Int64[np.ndarray, " Q"]:
 
 
 def split_arrays(
-    dataset: Dataset, embedded: EmbeddedDataset, encoder: Encoder, source: DataConfig
+    dataset: Dataset,
+    embedded: EmbeddedDataset,
+    encoder: Encoder,
+    source: DataConfig,
+    *,
+    turns: bool = True,
 ) -> dict[str, Split]:
-    """Every split as arrays. "Last turn + query" is encoded where the data itself has turns."""
-    has_turns = any(example.context for examples in dataset.splits.values() for example in examples)
-    has_turns = has_turns and not isinstance(embedded.store, Extended)  # steering took their place
+    """Every split as arrays. "Last turn + query" is encoded where the data itself has turns.
+
+    Args:
+        dataset: The texts.
+        embedded: Their embeddings.
+        encoder: Encodes what is missing.
+        source: How they were encoded.
+        turns: Whether the model sees turns; a steered one has a steering vector in their place.
+    """
+    said = (example.context for examples in dataset.splits.values() for example in examples)
+    has_turns = turns and any(said)
     arrays = {}
     for name, part in embedded.splits.items():
         context, mask, query = part.arrays(embedded.store)

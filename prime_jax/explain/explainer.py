@@ -10,12 +10,14 @@ from flax import nnx
 from jaxtyping import Float32
 from numpy.typing import ArrayLike
 
+from prime_jax.data.steered import ZERO
 from prime_jax.errors import PredictorError
 from prime_jax.explain.explanation import Explanation, Influence
 from prime_jax.explain.known import KnownPairs, Usual, nearest_centroid, rank_among
 from prime_jax.explain.signal import Reading, signal_of
 from prime_jax.models import Model
 from prime_jax.models.jasper import SteeredConfig
+from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
 from prime_jax.predict.inputs import checked, steered_request
 from prime_jax.types import Prediction
 
@@ -58,6 +60,12 @@ class Explainer:
             )
         if len(centroids) != len(names):
             raise PredictorError(f"{len(centroids)} centroids have {len(names)} names")
+        if isinstance(model.config, SubspaceConfig) and model.config.num_subspaces != len(names):
+            raise PredictorError(
+                f"the model chooses among {model.config.num_subspaces} subspaces, but {len(names)} are named"
+            )
+        if isinstance(model, DecomposedJasperPredictor) and not np.any(np.asarray(model.centroids[...])):
+            raise PredictorError("the model's centroids are all zero: it was never trained on clusters")
         self.config, self.centroids, self.names = model.config, centroids, tuple(names)
         self.known, self.usual = known, usual
         self._answers = answers or partial(_answers, *_compiled(model))
@@ -86,6 +94,8 @@ class Explainer:
         asked, context = request.query, request.context
         if request.single:
             raise PredictorError("explain_batch takes [B, D]; for one question call explain_prediction")
+        if not len(asked):
+            return []
         if texts and len(texts) != len(asked):
             raise PredictorError(f"{len(asked)} questions have {len(texts)} texts")
         steered, plain = self._answers(asked, context[:, 0]), self._answers(asked, np.zeros_like(asked))
@@ -99,8 +109,19 @@ class Explainer:
     def compare_steering_influence(
         self, question: ArrayLike, steerings: Mapping[str, ArrayLike], *, text: str = ""
     ) -> dict[str, Explanation]:
-        """Explain one question under several steering vectors `[D]` by name, and under none as `zero`."""
-        vectors = {"zero": np.zeros_like(np.asarray(question)), **steerings}
+        """Explain one question under several steering vectors `[D]` by name, and under none as `zero`.
+
+        Raises:
+            PredictorError: For a vector of another shape, which is named, or one that is called `zero`.
+        """
+        if ZERO in steerings:
+            raise PredictorError(f"no steering vector may be called {ZERO!r}: that stands for none")
+        vectors = {ZERO: np.zeros_like(np.asarray(question)), **steerings}
+        for name, vector in vectors.items():
+            if np.shape(vector) != np.shape(question):
+                raise PredictorError(
+                    f"steering {name!r} has shape {np.shape(vector)}, the question {np.shape(question)}"
+                )
         questions = np.repeat(np.asarray(question)[None], len(vectors), axis=0)
         found = self.explain_batch(
             questions, np.stack([np.asarray(v) for v in vectors.values()]), texts=[text] * len(vectors)

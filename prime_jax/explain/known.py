@@ -52,7 +52,7 @@ class KnownPairs:
 
 
 class Usual(NamedTuple):
-    """How sure and how far off the model is on questions of its training data, each sorted.
+    """How sure and how far off the model is on questions whose answers are known, each sorted.
 
     Attributes:
         confidence: Weight of the primary subspace, `[n]`.
@@ -66,8 +66,9 @@ class Usual(NamedTuple):
 
 
 def rank_among(sorted_values: Float32[np.ndarray, " n"], value: float) -> float:
-    """Share of the values that are smaller, 0 to 1."""
-    return float(np.searchsorted(sorted_values, value) / max(len(sorted_values), 1))
+    """Share of the values that are smaller, 0 to 1; equal ones count half."""
+    ends = (np.searchsorted(sorted_values, value, side) for side in ("left", "right"))
+    return float(sum(ends) / 2 / max(len(sorted_values), 1))
 
 
 def nearest_centroid(

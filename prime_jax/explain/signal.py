@@ -6,6 +6,7 @@ from prime_jax.explain.explanation import Influence
 from prime_jax.explain.known import Usual, rank_among
 
 UNSURE, SURE = 0.25, 0.75  # shares of known questions with a lower confidence
+CLEAR = 0.5  # weight of a subspace that leaves no doubt which one is first
 FAR = 0.95  # share of known questions with a lower atypicality
 MOVED = 0.5  # share of known questions that steering moves less
 
@@ -39,7 +40,7 @@ def _where(read: Reading, usual: Usual | None) -> str:
     rank = 0.5 if usual is None else rank_among(usual.confidence, read.confidence)
     if rank >= SURE:
         return f"Search “{read.primary}”: the router is surer of it than for most known questions."
-    if rank < UNSURE and len(read.ranked) > 1:
+    if rank < UNSURE and read.confidence < CLEAR and len(read.ranked) > 1:
         second, weight = read.ranked[1]
         return (
             f"The router hesitates between “{read.primary}” ({read.confidence:.0%}) and “{second}” "

@@ -88,7 +88,7 @@ def _export(given: Namespace) -> dict[str, Any]:
     if predictor is None:
         parity = _from_torch(given, options)
     else:
-        data = given.data or _data_of(predictor.config)
+        data = given.data or _data_of(predictor)
         parity = write_bundle(
             predictor.model,
             given.out,
@@ -103,17 +103,23 @@ def _export(given: Namespace) -> dict[str, Any]:
     return parity
 
 
-def _data_of(config: Any) -> Path | None:
-    """The data folder a run was trained on, where it is still there."""
+def _data_of(predictor: Any) -> Path | None:
+    """The data folder a run was trained on, where it is still there, with its steering if that is needed."""
+    from prime_jax.data.steered import ZERO
+    from prime_jax.evaluate.steering import steering_folder
+
+    config = predictor.config
     folder = None if config is None or config.data.path is None else Path(config.data.path)
     needed = ("corpus", "train", "dev")
     there = folder is not None and all((folder / f"{name}.jsonl").is_file() for name in needed)
+    if folder is not None and there and config.steered and config.steering.judge_with != ZERO:
+        there = steering_folder(predictor, folder).is_dir()
     return folder if there else None
 
 
 def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
     """A bundle of weights trained in PyTorch; what inputs mean comes from the bundle they started from."""
-    from prime_jax.export.bundle import INPUT_FACTS, write_bundle
+    from prime_jax.export.bundle import CONFIG_FACTS, write_bundle
     from prime_jax.export.from_torch import from_torch
     from prime_jax.files import read_json
     from prime_jax.models.bundle import load_bundle
@@ -122,7 +128,7 @@ def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
     if given.like is not None:
         head = load_bundle(given.like).target_head
         config = given.like / "config.json"
-        facts = {name: fact for name, fact in read_json(config).items() if name in INPUT_FACTS}
+        facts = {name: fact for name, fact in read_json(config).items() if name in CONFIG_FACTS}
     model = from_torch(given.torch, config)
     return write_bundle(model, given.out, facts=facts, target_head=head, options=options)
 

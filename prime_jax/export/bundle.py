@@ -35,7 +35,8 @@ from prime_jax.models.confidence import Confidence, write_confidence
 from prime_jax.predict.predictor import Predictor
 
 INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k", "steering")
-FACTS = (*INPUT_FACTS, "subspaces", "step", "epoch", "metrics", "data_hash", "versions")
+CONFIG_FACTS = (*INPUT_FACTS, "subspaces")  # what config.json says beside the model
+FACTS = (*CONFIG_FACTS, "step", "epoch", "metrics", "data_hash", "versions")
 
 
 @dataclass(frozen=True)
@@ -239,7 +240,7 @@ def _config(model: Model, facts: Mapping[str, Any]) -> dict[str, Any]:
         "model": {**config.model_dump(), "checkpoint_path": None},  # that is where its training started
         "inputs": {given.name: _described(given) for given in inputs_of(config)},
         "output": outputs,
-        **{name: facts[name] for name in (*INPUT_FACTS, "subspaces") if name in facts},
+        **{name: facts[name] for name in CONFIG_FACTS if name in facts},
     }
 
 

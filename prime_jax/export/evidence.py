@@ -106,7 +106,8 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
         if name not in names:
             raise DataError(f"{data / f'{name}.jsonl'}: the file is missing")
     opened = open_data(predictor, run, data, names, store=store)
-    splits = split_arrays(opened.dataset, opened.embedded, opened.encoder, opened.source)
+    turns = not (predictor.config and predictor.config.steered)
+    splits = split_arrays(opened.dataset, opened.embedded, opened.encoder, opened.source, turns=turns)
     passages = opened.embedded.corpus()
     memory = passages if predictor.target_head is None else predictor.map_memory(passages)
     return Evidence(

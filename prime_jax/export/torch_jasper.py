@@ -187,11 +187,10 @@ class JasperPredictor(nn.Module):
         read = [self.question_encoder(question), self.steering_encoder(steering)]
         delta = self.output_proj(self.head(torch.cat(read, dim=-1)))
         if self.config.residual == "query":
-            delta = question + self._capped(delta)
+            delta = question + self._capped(self.residual_gate * delta)
         return Prediction(functional.normalize(delta, dim=-1))
 
     def _capped(self, delta: Tensor) -> Tensor:
-        delta = delta * self.residual_gate
         if self.config.max_delta is None:
             return delta
         norm: Tensor = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
@@ -246,7 +245,7 @@ class DecomposedJasperPredictor(JasperPredictor):
         delta = self.output_proj(self.head(read))
         whole = coarse + delta
         if self.config.residual == "query":
-            whole = question + self.coarse_gate * coarse + self._capped(delta)
+            whole = question + self._capped(self.coarse_gate * coarse + self.residual_gate * delta)
         fine = functional.normalize(whole, dim=-1) - coarse
         return Prediction(coarse + fine, logits, routing, coarse, fine)
 

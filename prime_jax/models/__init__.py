@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from pydantic import Discriminator, Tag
+from pydantic import Discriminator, Tag, TypeAdapter
 
 from prime_jax.models.jasper import JasperConfig, JasperPredictor
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
@@ -21,15 +21,16 @@ def model_config(given: Mapping[str, Any]) -> AnyConfig:
     """The configuration of a model from its stored content.
 
     Raises:
-        pydantic.ValidationError: If it does not describe a model.
-        KeyError: If there is no model of its kind.
+        pydantic.ValidationError: If it does not describe a model, or one of no known kind.
     """
-    return KINDS[given.get("kind", DEFAULT_KIND)](**given)
+    config: AnyConfig = TypeAdapter(ModelConfig).validate_python(given)
+    return config
 
 
 def kind_of(given: Any) -> Any:
     """Which model a configuration or its content as a mapping is for; without a word the default one."""
-    return given.get("kind", DEFAULT_KIND) if isinstance(given, dict) else getattr(given, "kind", None)
+    kind = given.get("kind", DEFAULT_KIND) if isinstance(given, dict) else getattr(given, "kind", None)
+    return kind if isinstance(kind, str) else None
 
 
 ModelConfig = Annotated[

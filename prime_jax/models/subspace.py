@@ -158,8 +158,8 @@ class DecomposedJasperPredictor(nnx.Module):
         if config.residual == "none":
             whole = coarse + delta
         else:
-            whole = question + self.coarse_gate[...] * coarse
-            whole = whole + gated(delta, self.residual_gate[...], config.max_delta)
+            added = self.coarse_gate[...] * coarse + self.residual_gate[...] * delta
+            whole = question + gated(added, jnp.ones(()), config.max_delta)
         fine = unit(whole) - coarse
         return Prediction(coarse + fine, logits, routing, coarse, fine)
 

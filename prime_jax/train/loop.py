@@ -166,7 +166,8 @@ class _Run:
                 epoch_ends = step % self.epoch_steps == 0
                 # 2. log, and hear whether somebody wants the run to stop
                 alone = jax.process_count() == 1
-                if epoch_ends or step % log_every == 0 or (alone and interrupt.asked):
+                log_due = epoch_ends or step % log_every == 0 or self._save_due(step)
+                if log_due or (alone and interrupt.asked):
                     row = self._log(step, pending)
                     advance(examples * len(pending), note(row))
                     pending = []
@@ -242,7 +243,7 @@ class _Run:
             self._save(step - 1, Validated({}, None))
             self.saver.wait()
         raise PredictorError(
-            f"loss {metrics['loss']} and gradient norm {metrics['gradient_norm']} in step {step}: training "
+            f"{_wrong(metrics)}gradient norm {metrics['gradient_norm']} in step {step}: training "
             f"stopped before that step could change anything; {_kept(self.out)}. Its batch: "
             f"{', '.join(ids[:3])} and {len(ids) - 3} more, all in {file}. If the examples are sound, a "
             "lower train.learning-rate usually helps."
@@ -282,6 +283,13 @@ class _Run:
 
     def _epoch(self, step: int) -> float:
         return round(step / float(self.epoch_steps), 4)
+
+
+def _wrong(metrics: Mapping[str, Any]) -> str:
+    """The loss, and whichever of its parts are no finite numbers."""
+    wrong = [name for name, value in metrics.items() if not np.isfinite(value) and name != "gradient_norm"]
+    named = dict.fromkeys(["loss", *wrong])
+    return "".join(f"{name} {metrics[name]}, " for name in named).removesuffix(", ") + " and "
 
 
 def _kept(run: Path) -> str:

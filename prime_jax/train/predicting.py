@@ -1,5 +1,7 @@
 """Predictions of a whole split with the parameters of a state."""
 
+import copy
+
 import jax
 import numpy as np
 from flax import nnx
@@ -39,9 +41,15 @@ class SplitPredictor:
             prediction: Prediction = nnx.merge(graph, params).details(context, query, mask)
             return prediction
 
-        self._mesh, self._store, self._split = mesh, data.store, data.splits[split]
+        self._mesh, self._store, self._split, self._name = mesh, data.store, data.splits[split], split
         self._examples = np.arange(len(self._split)) if examples is None else examples
         self._predict = jax.jit(forward, out_shardings=replicated(mesh))
+
+    def over(self, data: EmbeddedDataset) -> "SplitPredictor":
+        """The same split of other data of the same size, by the program that is compiled already."""
+        other = copy.copy(self)
+        other._store, other._split = data.store, data.splits[self._name]
+        return other
 
     def __call__(self, state: TrainState) -> Vectors:
         """Unit-norm predictions `[n, E]`, in every process."""

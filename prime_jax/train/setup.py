@@ -1,5 +1,6 @@
 """Everything that is checked and gathered before the first step of a run."""
 
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prime_jax._version import __version__
-from prime_jax.config import Config, load_stored_config
+from prime_jax.config import Config, SteeringConfig, load_stored_config
 from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.losses.jasper import ROUTING_COMPONENTS, JasperLossConfig
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.subspace import SubspaceConfig
 from prime_jax.train import checkpoints
@@ -140,7 +142,8 @@ def steered_rows(config: Config, data: EmbeddedDataset, steering: Steering) -> S
     """What steering adds to a run's training batches."""
     given = config.steering
     curriculum = Curriculum(given.variants, given.zero_start, given.zero_end, given.zero_epochs)
-    return SteeredRows(data, "train", steering, curriculum, given.hard_negatives)
+    told_apart = given.hard_negatives and config.train.negatives == "batch"
+    return SteeredRows(data, "train", steering, curriculum, told_apart)
 
 
 def starting_weights(config: Config) -> Any | None:
@@ -156,7 +159,10 @@ def starting_weights(config: Config) -> Any | None:
     params = pure_params(model)
     fresh = jax.eval_shape(lambda: pure_params(config.model.build(rngs=nnx.Rngs(0))))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, fresh):
-        raise ConfigError(f"model.checkpoint_path {config.model.checkpoint_path}: its model has other shapes")
+        raise ConfigError(
+            f"model.checkpoint_path {config.model.checkpoint_path}: its {model.config.kind} model has other "
+            f"shapes than this {config.model.kind} model"
+        )
     return params
 
 
@@ -180,13 +186,14 @@ def warn_of_shortened_warmup(config: Config, updates: int) -> None:
 def warn_of_unused(config: Config) -> None:
     """Say so when a setting was changed that the others leave without effect."""
     train = config.train
+    averaging = train.target == "ema" or (config.steered and config.jasper.ema)
     unused = {
         "y_encoder_lr_multiplier": train.target == "frozen",
-        "ema_start": train.target != "ema",
-        "ema_end": train.target != "ema",
+        "ema_start": not averaging,
+        "ema_end": not averaging,
         "temperature_end": train.temperature_schedule != "annealed",
         "projection_weight": not train.projection_dim,
-        "remat_policy": not train.gradient_checkpointing,
+        "remat_policy": not train.gradient_checkpointing or config.steered,
         "mine_every_epochs": not train.mined_negatives,
         "mining_margin": not train.mined_negatives,
         **dict.fromkeys(
@@ -197,6 +204,20 @@ def warn_of_unused(config: Config) -> None:
     for name, without_effect in unused.items():
         if without_effect and getattr(train, name) != type(train).model_fields[name].default:
             say(f"train.{name} has no effect here{reasons.get(name, '')}")
+    for section, names in _unused_of_sections(config).items():
+        part = getattr(config, section)
+        for name in names:
+            if getattr(part, name) != type(part).model_fields[name].get_default(call_default_factory=True):
+                say(f"{section}.{name} has no effect on a {config.model.kind} model")
+
+
+def _unused_of_sections(config: Config) -> dict[str, Iterable[str]]:
+    """Settings of whole sections that this kind of model does not read."""
+    if not config.steered:
+        return {"steering": SteeringConfig.model_fields, "jasper": JasperLossConfig.model_fields}
+    if isinstance(config.model, SubspaceConfig):
+        return {}
+    return {"jasper": (*ROUTING_COMPONENTS, "entropy_epochs", "entropy_end", "residual_margin")}
 
 
 def say_how_many_negatives(config: Config) -> None:

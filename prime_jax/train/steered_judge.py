@@ -1,6 +1,6 @@
 """What a steered model does with each kind of steering, and how well its router knows the clusters."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from jax.sharding import Mesh
@@ -10,6 +10,7 @@ from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.steered import VARIANTS, ZERO, Steering, steered
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.state import Graph, TrainState
+from prime_jax.types import Prediction
 
 Rank = Callable[[Float32[np.ndarray, "n E"]], Int64[np.ndarray, " n"]]
 
@@ -29,24 +30,27 @@ class SteeredJudge:
     def __init__(
         self, graph: Graph, data: EmbeddedDataset, split: str, steering: Steering, judge_with: str, mesh: Mesh
     ):
+        plain = SplitPredictor(graph, steered(data, steering, ZERO), split, mesh)
         self._predictors = {
-            variant: SplitPredictor(graph, steered(data, steering, variant), split, mesh)
-            for variant in (ZERO, *VARIANTS)
+            variant: plain.over(steered(data, steering, variant)) for variant in (ZERO, *VARIANTS)
         }
         self._judge_with, self._centroids = judge_with, steering.centroids
         counts = np.array([len(ids) for ids in data.splits[split].positives])
         self._cluster = np.asarray(steering.clusters(split)[np.cumsum(counts) - counts])
 
-    def __call__(self, state: TrainState, rank: Rank) -> dict[str, float]:
+    def predictions(self, state: TrainState) -> dict[str, Prediction]:
+        """Predictions of the split by variant, in every process."""
+        return {variant: predict.details(state) for variant, predict in self._predictors.items()}
+
+    def scores(self, predictions: Mapping[str, Prediction], rank: Rank) -> dict[str, float]:
         """`MRR@10` by variant, and accuracy of clusters and routing; `centroid` steering leaks the cluster.
 
         Args:
-            state: What predicts.
+            predictions: As `predictions` gave them.
             rank: Gives the rank of the first right passage for predictions of the split, 0 beyond the tenth.
         """
         scores = {}
-        for variant, predict in self._predictors.items():
-            found = predict.details(state)
+        for variant, found in predictions.items():
             embedding = np.asarray(found.embedding)
             ranks = rank(embedding)
             scores[f"{variant} MRR@10"] = float(np.mean(np.where(ranks > 0, 1 / np.maximum(ranks, 1), 0.0)))

@@ -139,7 +139,8 @@ def make_train_step(
     def step(state: TrainState, batch: Batch, corpus: Corpus | None = None) -> tuple[TrainState, Metrics]:
         metrics, gradient = loss_and_gradient(state, batch, corpus)
         norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & ~state.halted
+        whole = metrics.get("total", metrics["loss"])
+        finite = jnp.isfinite(whole) & jnp.isfinite(norm) & ~state.halted
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average

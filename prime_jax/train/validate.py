@@ -85,7 +85,7 @@ class Validator:
     def __call__(self, state: TrainState) -> Validated:
         """Score the predictions of a state, and fit how far they can be trusted."""
         predicted, trained = self._predictor(state), self._predict_train(state)
-        steered = self._steered(state, self._ranks) if self._steered else {}
+        steered = self._steered.predictions(state) if self._steered else {}
         head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None)
@@ -95,7 +95,8 @@ class Validator:
             query = unit(self._data.store[self._split.query_rows])
             fallback = self._measured(map_memory(head, query), corpus)
         metrics = self._measured(predicted, corpus)
-        scores = {**self._means(metrics), **steered, "rank": effective_rank(predicted)}
+        judged = self._steered.scores(steered, self._ranks) if self._steered else {}
+        scores = {**self._means(metrics), **judged, "rank": effective_rank(predicted)}
         return Validated(scores, self._confidence(predicted, trained, metrics, fallback))
 
     def collapsing(self, scores: Scores) -> bool:
