@@ -99,10 +99,10 @@ def in_torch(
     joined = sum(read) if config.get("fine_input") == "add" else torch.cat(read, dim=1)
     delta = linear("output_proj", stack("head", joined))
     if config.get("residual") == "query":
-        delta = own["residual_gate"] * delta
+        delta = own.get("coarse_gate", torch.zeros(())) * base + own["residual_gate"] * delta
         if "max_delta" in config:
             delta = delta * (config["max_delta"] / delta.norm(dim=1, keepdim=True)).clamp(max=1)
-        base = given[0] + own.get("coarse_gate", torch.zeros(())) * base
+        base = given[0]
     found["embedding"] = functional.normalize(base + delta, dim=1)
     if "coarse" in found:
         found["fine"] = found["embedding"] - found["coarse"]

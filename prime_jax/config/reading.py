@@ -123,7 +123,7 @@ def _with_kind(given: Mapping[str, Any], kind: str) -> dict[str, Any]:
 def _kind(given: Mapping[str, Any], words: Sequence[str], environment: Mapping[str, str], origin: str) -> str:
     """Which model is asked for: it decides which settings there are."""
     model = given.get("model") or {}
-    found = kind_of(model) if isinstance(model, dict) else DEFAULT_KIND
+    found: Any = model.get("kind", DEFAULT_KIND) if isinstance(model, dict) else DEFAULT_KIND
     for name, value in environment.items():
         if name.upper() == f"{ENV_PREFIX}MODEL__KIND":
             found, origin = value, "environment"

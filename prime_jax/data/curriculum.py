@@ -65,7 +65,7 @@ class SteeredRows:
         return steering_rows(self.data, self.steering, self.split, pairs, codes)
 
     def rights(self) -> tuple[Int64[np.ndarray, " _"], ...]:
-        """Per example the right answers of all examples with the same question: none of them is a negative."""
+        """Per example the right answers of all examples with the same question; none is a negative."""
         examples = self.data.splits[self.split]
         known: dict[int, set[int]] = {}
         for query, ids in zip(examples.query_rows.tolist(), examples.positives, strict=True):

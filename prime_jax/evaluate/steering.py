@@ -59,7 +59,7 @@ def open_steering_of(
     trained_here = info.get("data_hash") in steering.facts["data_hashes"].values()
     if trained_here and steering.hash != info.get("steering_hash"):
         raise DataError(
-            f"{folder}: was built anew since {run} was trained on these data, so its clusters are other ones; "
+            f"{folder}: was built anew since {run} was trained on these data, so its clusters differ; "
             "bring the old folder back, or train again"
         )
     return steering

@@ -86,8 +86,8 @@ def explain_run(
         if variant in LEAKY:
             told += ", which is made from the right answers"
         note = (
-            f"{run.name}: {predictor.config.model.kind} model, steered: {told}. What is usual was measured on "
-            f"{len(usual_questions):,} questions of dev, steered in the same way."
+            f"{run.name}: {predictor.config.model.kind} model, steered: {told}. What is usual was measured "
+            f"on {len(usual_questions):,} questions of dev, steered in the same way."
         )
         write_text(
             out / "explanations.html", page(found, title=f"{len(found)} explained predictions", note=note)
@@ -126,9 +126,7 @@ def _check_options(
     if count < 1:
         raise ConfigError(f"--count {count} leaves nothing to explain")
     if steering is not None and (questions or steer_towards is not None):
-        raise ConfigError(
-            "--steering is for examples of the data; leave it out with --question and --steer"
-        )
+        raise ConfigError("--steering is for examples of the data; leave it out with --question and --steer")
     for text in (*(questions or ()), *([] if steer_towards is None else [steer_towards])):
         if not text.strip():
             raise ConfigError("a text given with --question or --steer is empty")
