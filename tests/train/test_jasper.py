@@ -1,6 +1,7 @@
 """Training steered models: from steering data to a run that explains itself."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from flax import nnx
 
 from prime_jax.config import Config, read_config
 from prime_jax.data import steering as steering_builder
+from prime_jax.data.pipeline import TrainingBatches
+from prime_jax.data.records import write_dataset
 from prime_jax.data.steered import VARIANTS, ZERO
 from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.evaluate.__main__ import main as evaluate
@@ -23,7 +26,7 @@ from prime_jax.models.subspace import CENTROIDS
 from prime_jax.predict.predictor import load
 from prime_jax.train import checkpoints, loop
 from prime_jax.train.loop import train
-from prime_jax.train.setup import prepared
+from prime_jax.train.setup import prepared, steered_rows
 from prime_jax.train.state import MODEL
 
 CLUSTERS = 4
@@ -192,7 +195,48 @@ def test_evaluation_reports_every_variant(run: Path, steered_data: Path, tmp_pat
         assert evaluate([*words, str(out), "--steering", variant]) == 0
         found[variant] = json.loads((out / "report.json").read_text())["methods"]["predicted"]["MRR@10"]
     assert found["centroid"] != found["zero"]
+    told = {name: (tmp_path / name / "report.md").read_text() for name in found}
+    assert "which is made from the right answer" in told["centroid"]
+    assert "made from the question alone" in told["predicted"]
+    assert "Nothing was steered" in told["zero"]
     assert evaluate([*words, str(tmp_path / "x"), "--steering", "best"]) == 2
+
+
+def test_zero_steering_needs_no_folder_and_another_folder_is_noticed(
+    run: Path, steered_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare, rebuilt = tmp_path / "bare", tmp_path / "rebuilt"
+    shutil.copytree(steered_data, bare, ignore=shutil.ignore_patterns("steering"))
+    words = ["--run", str(run), "--split", "dev", "--out", str(tmp_path / "out"), "--data"]
+    assert evaluate([*words, str(bare), "--steering", "zero"]) == 0
+    assert evaluate([*words, str(bare), "--steering", "predicted"]) == 2
+    assert "there is no steering" in capsys.readouterr().err
+    shutil.copytree(bare, rebuilt)
+    again = ["--data", str(rebuilt), "--encoder", "fakes:encoder", "--clusters", f"{CLUSTERS}", "--seed", "9"]
+    assert steering_builder.main([*again, "--tiers", "1", "1", "1", "1"]) == 0
+    assert evaluate([*words, str(rebuilt), "--steering", "predicted"]) == 2
+    assert "was built anew since" in capsys.readouterr().err
+
+
+def test_one_question_on_two_lines_is_not_its_own_negative(tmp_path: Path) -> None:
+    pytest.importorskip("faiss")
+    dataset = fakes.write_conversations(tmp_path, chats=24)
+    train_rows = dataset.splits["train"]
+    twin = replace(train_rows[0], id="twin", positives=train_rows[9].positives, exclude=())
+    write_dataset(tmp_path, replace(dataset, splits={**dataset.splits, "train": (twin, *train_rows)}))
+    words = ["--data", str(tmp_path), "--encoder", "fakes:encoder", "--clusters", f"{CLUSTERS}"]
+    assert steering_builder.main([*words, "--tiers", "1", "1", "1", "1"]) == 0
+    config = settings(tmp_path, "jasper")
+    data, _, steering = prepared(config)
+    assert steering is not None
+    rights = steered_rows(config, data, steering).rights()
+    same = {train_rows[0].positives[0], twin.positives[0]}
+    assert {data.corpus_ids[row] for row in rights[0]} == same
+    assert {data.corpus_ids[row] for row in rights[1]} == same
+    batch = next(
+        TrainingBatches(data, "train", batch_size=8, seed=0, steering=steered_rows(config, data, steering))
+    )
+    assert batch.positive_ids.shape[1] == 2
 
 
 def test_explanations_are_complete_and_add_up(run: Path, steered_data: Path, tmp_path: Path) -> None:
@@ -213,7 +257,13 @@ def test_explanations_are_complete_and_add_up(run: Path, steered_data: Path, tmp
         assert each["steering_influence"]["kl"] >= 0
         assert each["actionable_signal"].endswith(".")
     assert explain([*words, "--question", "topic1 turn2", "--steer", "topic3"]) == 0
-    assert explain([*words, "--count", "0"]) == 2
+    for contradiction in (
+        ["--count", "0"],
+        ["--question", "topic1 turn2", "--steering", "predicted"],
+        ["--steer", "topic3", "--steering", "zero"],
+        ["--question", " "],
+    ):
+        assert explain([*words, *contradiction]) == 2
 
 
 def test_steering_influence_compares_with_none(run: Path, steered_data: Path) -> None:
@@ -230,6 +280,33 @@ def test_steering_influence_compares_with_none(run: Path, steered_data: Path) ->
     assert there.steering_influence.kl == pytest.approx(expected, abs=1e-5)  # KL(with || without)
     with pytest.raises(PredictorError, match="names"):
         Explainer(predictor.model, known.centroids, known.names[:1])
+    with pytest.raises(PredictorError, match="chooses among 4 subspaces, but 3 are named"):
+        Explainer(predictor.model, known.centroids[:3], known.names[:3])
+    with pytest.raises(PredictorError, match="'zero'"):
+        explainer.compare_steering_influence(question, {"zero": question})
+    with pytest.raises(PredictorError, match="'short' has shape"):
+        explainer.compare_steering_influence(question, {"short": question[:3]})
+    assert explainer.explain_batch(np.zeros((0, fakes.DIM), np.float32)) == []
+
+
+def test_a_plain_model_is_explained_from_the_command_line(steered_data: Path, tmp_path: Path) -> None:
+    train(settings(steered_data, "jasper", "--train.num-epochs", "1"), tmp_path / "run")
+    assert (tmp_path / "run" / "steering.png").is_file()
+    words = ["--run", str(tmp_path / "run"), "--data", str(steered_data), "--out", str(tmp_path / "out")]
+    assert explain([*words, "--count", "2"]) == 0
+    (first, _) = json.loads((tmp_path / "out" / "explanations.json").read_text())
+    assert first["confidence"] is None
+    assert first["actionable_signal"].startswith("The prediction lies nearest to")
+
+
+def test_settings_without_effect_are_told(
+    steered_data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--jasper.routing", "5", "--train.num-epochs", "1", "--train.ema-start", "0.9"]
+    train(settings(steered_data, "jasper", *more), tmp_path / "run")
+    told = capsys.readouterr()
+    assert "jasper.routing has no effect on a jasper model" in told.out + told.err
+    assert "ema_start has no effect" not in told.out + told.err
 
 
 def test_mismatches_are_named(steered_data: Path, tmp_path: Path) -> None:
