@@ -73,7 +73,7 @@ def test_data_commands_have_a_two_word_form(command: str, monkeypatch: pytest.Mo
             "evaluate, explain, serve, export, inspect, verify",
         ),
         (["data", "encod"], "prime-jax: unknown command 'encod'; did you mean 'encode'?"),
-        (["data", "train"], "prime-jax: unknown command 'train'; choose from pydocs, encode, steering"),
+        (["data", "xyz"], "prime-jax: unknown command 'xyz'; choose from pydocs, encode, steering"),
     ],
 )
 def test_unknown_command_names_the_nearest(
