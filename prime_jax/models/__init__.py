@@ -23,7 +23,10 @@ def model_config(given: Mapping[str, Any]) -> AnyConfig:
     Raises:
         pydantic.ValidationError: If it does not describe a model, or one of no known kind.
     """
-    config: AnyConfig = TypeAdapter(ModelConfig).validate_python(given)
+    kind = KINDS.get(kind_of(given))
+    config: AnyConfig = (TypeAdapter(ModelConfig) if kind is None else TypeAdapter(kind)).validate_python(
+        given
+    )
     return config
 
 

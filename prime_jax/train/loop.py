@@ -14,6 +14,7 @@ from prime_jax.config import Config, to_yaml
 from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
+from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
 from prime_jax.train.collective import any_process, barrier, is_main, say
@@ -287,9 +288,9 @@ class _Run:
 
 def _wrong(metrics: Mapping[str, Any]) -> str:
     """The loss, and whichever of its parts are no finite numbers."""
-    wrong = [name for name, value in metrics.items() if not np.isfinite(value) and name != "gradient_norm"]
-    named = dict.fromkeys(["loss", *wrong])
-    return "".join(f"{name} {metrics[name]}, " for name in named).removesuffix(", ") + " and "
+    parts = (*COMPONENTS, *ROUTING_COMPONENTS)
+    wrong = [name for name in parts if name in metrics and not np.isfinite(metrics[name])]
+    return ", ".join(f"{name} {metrics[name]}" for name in ("loss", *wrong)) + " and "
 
 
 def _kept(run: Path) -> str:
