@@ -71,7 +71,7 @@ class JasperLossConfig(Frozen):
         return jnp.asarray(getattr(self, name), jnp.float32) * jnp.clip(share, 0.0, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class JasperObjective:
     """The weighted sum of JASPER's losses.
 
