@@ -62,37 +62,10 @@ class SteeredConfig(ServedConfig):
         }
 
 
-class JasperConfig(SteeredConfig):
-    """Shape and behaviour of a `JasperPredictor` (JASPER plan, task 1; docs/jasper.md)."""
+class SteeredModel(nnx.Module):
+    """What all steered models share: the call of everything outside training, answered by `details`."""
 
-    kind: Literal["jasper"] = Field(default="jasper", description="which model: prime, jasper or subspace")
-
-    def build(self, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> "JasperPredictor":
-        """Make the model this config describes, with fresh weights."""
-        return JasperPredictor(self, dtype=dtype, rngs=rngs)
-
-
-class JasperPredictor(nnx.Module):
-    """Predicts a source embedding from a question and a steering vector (JASPER plan, task 1).
-
-    Question and steering are encoded apart, `[B, D]` to `[B, H]`; a head reads both. With `residual: query`
-    its answer is added to the question through a gate that starts at zero.
-
-    Args:
-        config: Shape and behaviour.
-        dtype: Compute dtype of matrix products; parameters and everything else are float32.
-        rngs: Source of the initial weights.
-    """
-
-    def __init__(self, config: JasperConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
-        hidden, blocks, rate = config.hidden_dim, config.num_layers, config.dropout
-        self.config = config
-        self.question_encoder = MLP(config.input_dim, hidden, blocks, rate, dtype=dtype, rngs=rngs)
-        self.steering_encoder = MLP(config.input_dim, hidden, blocks, rate, dtype=dtype, rngs=rngs)
-        self.head = MLP(2 * hidden, hidden, blocks, rate, dtype=dtype, rngs=rngs)
-        self.output_proj = Linear(hidden, config.output_dim, dtype=dtype, rngs=rngs)
-        if config.residual == "query":
-            self.residual_gate = nnx.Param(jnp.zeros(()))
+    config: SteeredConfig
 
     def __call__(
         self,
@@ -120,6 +93,49 @@ class JasperPredictor(nnx.Module):
         """
         return self.details(context, query, context_mask, dropout_key=dropout_key, remat=remat).embedding
 
+    def details(self, *inputs: Any, **how: Any) -> Prediction:
+        """The prediction with all that losses and explanations need; every model has its own."""
+        raise NotImplementedError
+
+    def num_params(self) -> int:
+        """Number of trained numbers."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+class JasperConfig(SteeredConfig):
+    """Shape and behaviour of a `JasperPredictor` (JASPER plan, task 1; docs/jasper.md)."""
+
+    kind: Literal["jasper"] = Field(default="jasper", description="which model: prime, jasper or subspace")
+
+    def build(self, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> "JasperPredictor":
+        """Make the model this config describes, with fresh weights."""
+        return JasperPredictor(self, dtype=dtype, rngs=rngs)
+
+
+class JasperPredictor(SteeredModel):
+    """Predicts a source embedding from a question and a steering vector (JASPER plan, task 1).
+
+    Question and steering are encoded apart, `[B, D]` to `[B, H]`; a head reads both. With `residual: query`
+    its answer is added to the question through a gate that starts at zero.
+
+    Args:
+        config: Shape and behaviour.
+        dtype: Compute dtype of matrix products; parameters and everything else are float32.
+        rngs: Source of the initial weights.
+    """
+
+    config: JasperConfig
+
+    def __init__(self, config: JasperConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        hidden, blocks, rate = config.hidden_dim, config.num_layers, config.dropout
+        self.config = config
+        self.question_encoder = MLP(config.input_dim, hidden, blocks, rate, dtype=dtype, rngs=rngs)
+        self.steering_encoder = MLP(config.input_dim, hidden, blocks, rate, dtype=dtype, rngs=rngs)
+        self.head = MLP(2 * hidden, hidden, blocks, rate, dtype=dtype, rngs=rngs)
+        self.output_proj = Linear(hidden, config.output_dim, dtype=dtype, rngs=rngs)
+        if config.residual == "query":
+            self.residual_gate = nnx.Param(jnp.zeros(()))
+
     def details(
         self,
         context: Float[Array, "B N D"],
@@ -139,10 +155,6 @@ class JasperPredictor(nnx.Module):
         if self.config.residual == "none":
             return Prediction(unit(delta))
         return Prediction(unit(question + gated(delta, self.residual_gate[...], self.config.max_delta)))
-
-    def num_params(self) -> int:
-        """Number of trained numbers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
 
 def steering_of(context: Any, query: Any, context_mask: Any, dim: int) -> Float[Array, "B D"]:

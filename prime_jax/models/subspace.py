@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
-from prime_jax.models.jasper import SteeredConfig, keys_from, steering_of
+from prime_jax.models.jasper import SteeredConfig, SteeredModel, keys_from, steering_of
 from prime_jax.models.residual import gated
 from prime_jax.nn.linear import Linear, product, unit
 from prime_jax.nn.mlp import MLP
@@ -78,7 +78,7 @@ class SubspaceRouter(nnx.Module):
         return self.choice(self.body(jnp.concatenate([question, steering], axis=-1), key))
 
 
-class DecomposedJasperPredictor(nnx.Module):
+class DecomposedJasperPredictor(SteeredModel):
     """Prediction = coarse + fine, exactly, and of unit norm (JASPER plan, task 10).
 
     `coarse` is the mix of frozen centroids that the router chose, so it lies in their convex hull. `fine`
@@ -94,6 +94,8 @@ class DecomposedJasperPredictor(nnx.Module):
         centroids: Unit vectors `[K, E]`, never trained. All zero until training puts those of the data there.
     """
 
+    config: SubspaceConfig
+
     def __init__(self, config: SubspaceConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
         hidden, blocks, rate, dim = config.hidden_dim, config.num_layers, config.dropout, config.input_dim
         self.config = config
@@ -108,18 +110,6 @@ class DecomposedJasperPredictor(nnx.Module):
         if config.residual == "query":
             self.residual_gate = nnx.Param(jnp.zeros(()))
             self.coarse_gate = nnx.Param(jnp.zeros(()))
-
-    def __call__(
-        self,
-        context: Float[Array, "B N D"],
-        query: Float[Array, "B D"],
-        context_mask: Bool[Array, "B N"] | None = None,
-        *,
-        dropout_key: Key[Array, ""] | None = None,
-        remat: Remat = "none",
-    ) -> Float[Array, "B E"]:
-        """Predict the embedding of the source to retrieve; as `JasperPredictor`."""
-        return self.details(context, query, context_mask, dropout_key=dropout_key, remat=remat).embedding
 
     def details(
         self,
@@ -165,6 +155,4 @@ class DecomposedJasperPredictor(nnx.Module):
 
     def num_params(self) -> int:
         """Number of trained numbers; the centroids are not."""
-        leaves = jax.tree.leaves(nnx.state(self, nnx.Param))
-        frozen = self.config.num_subspaces * self.config.output_dim
-        return sum(int(leaf.size) for leaf in leaves) - frozen
+        return super().num_params() - self.config.num_subspaces * self.config.output_dim

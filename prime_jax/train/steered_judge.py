@@ -3,13 +3,12 @@
 from collections.abc import Callable, Mapping
 
 import numpy as np
-from jax.sharding import Mesh
 from jaxtyping import Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.steered import VARIANTS, ZERO, Steering, steered
 from prime_jax.train.predicting import SplitPredictor
-from prime_jax.train.state import Graph, TrainState
+from prime_jax.train.state import TrainState
 from prime_jax.types import Prediction
 
 Rank = Callable[[Float32[np.ndarray, "n E"]], Int64[np.ndarray, " n"]]
@@ -19,20 +18,23 @@ class SteeredJudge:
     """Scores a split under every steering variant.
 
     Args:
-        graph: Structure of the model.
+        predictor: Predicts the split; its compiled program is used for every variant.
         data: The dataset.
         split: Name of the split.
         steering: Its steering.
         judge_with: The variant whose clusters and routing are looked at.
-        mesh: The devices.
     """
 
     def __init__(
-        self, graph: Graph, data: EmbeddedDataset, split: str, steering: Steering, judge_with: str, mesh: Mesh
+        self,
+        predictor: SplitPredictor,
+        data: EmbeddedDataset,
+        split: str,
+        steering: Steering,
+        judge_with: str,
     ):
-        plain = SplitPredictor(graph, steered(data, steering, ZERO), split, mesh)
         self._predictors = {
-            variant: plain.over(steered(data, steering, variant)) for variant in (ZERO, *VARIANTS)
+            variant: predictor.over(steered(data, steering, variant)) for variant in (ZERO, *VARIANTS)
         }
         self._judge_with, self._centroids = judge_with, steering.centroids
         counts = np.array([len(ids) for ids in data.splits[split].positives])

@@ -70,7 +70,7 @@ class Validator:
         trained = data.splits["train"]
         few = np.random.default_rng(0).permutation(len(trained))[:FAMILIAR]
         self._predict_train = SplitPredictor(graph, data, "train", mesh, np.sort(few))
-        self._steered = steering and SteeredJudge(graph, data, split, steering, judge_with, mesh)
+        self._steered = steering and SteeredJudge(self._predictor, data, split, steering, judge_with)
         self._query_centres = calibration.centres_of(data.store[trained.query_rows[np.sort(few)]])
         fresh = unseen(self._split.positives, trained.positives)
         self._fresh = fresh if 0 < fresh.sum() < len(fresh) else None

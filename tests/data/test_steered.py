@@ -3,8 +3,10 @@
 import json
 import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -31,6 +33,8 @@ from prime_jax.errors import CheckpointError, ConfigError, DataError
 from prime_jax.manifest import MANIFEST, write_manifest
 
 ENCODER = "bag-of-words"
+
+Change = Callable[[Any], Any]
 
 
 @pytest.fixture(scope="module")
@@ -269,9 +273,9 @@ class TestOpening:
             ("steering_dev", lambda a: a[:, :3], r"steering_dev.npy: has the shape"),
         ],
     )  # fmt: skip
-    def test_arrays_that_do_not_fit(self, file: str, change: object, said: str, copy: Path) -> None:
+    def test_arrays_that_do_not_fit(self, file: str, change: Change, said: str, copy: Path) -> None:
         path = copy / f"steering/{file}.npy"
-        np.save(path, change(np.load(path)))  # type: ignore[operator]
+        np.save(path, change(np.load(path)))
         rewrite(copy / "steering")
         with pytest.raises(DataError, match=said):
             opened(copy)
@@ -286,10 +290,10 @@ class TestOpening:
             ("assignment", lambda a: a + 1, "does not give each of 48 passages"),
         ],
     )  # fmt: skip
-    def test_clusters_that_do_not_fit(self, name: str, change: object, said: str, copy: Path) -> None:
+    def test_clusters_that_do_not_fit(self, name: str, change: Change, said: str, copy: Path) -> None:
         path = copy / "steering/clusters.safetensors"
         tensors = load_file(path)
-        changed = change(tensors[name])  # type: ignore[operator]
+        changed = change(tensors[name])
         save_file({**tensors, name: changed.astype(tensors[name].dtype)}, path)
         rewrite(copy / "steering")
         with pytest.raises(DataError, match=said):

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,8 +22,8 @@ from prime_jax.manifest import verify_manifest
 COMMAND = ("--encoder", "fakes:encoder", "--clusters", "4")
 
 
-def build(folder: Path, **given: object) -> dict[str, object]:
-    return build_steering(folder, BagOfWords(), clusters=TOPICS, **given)  # type: ignore[arg-type]
+def build(folder: Path, **given: Any) -> dict[str, Any]:
+    return build_steering(folder, BagOfWords(), clusters=TOPICS, **given)
 
 
 def normed(vector: np.ndarray) -> np.ndarray:
@@ -158,7 +159,7 @@ def test_negatives_missing_are_counted(tmp_path: Path) -> None:
     topics(tmp_path)
     facts = build(tmp_path, tiers=(12, 0, 1, 0))
     steering = open_steering(tmp_path / "steering", open_topics(tmp_path), "bag-of-words")
-    missing = facts["negatives_missing"]["train"]  # type: ignore[index]
+    missing = facts["negatives_missing"]["train"]
     # 0 and 6: two answers, two pairs; 3 and 9: the same, one excluded; 1, 5, 7: one and one; 2, 4, 8: one
     assert missing["in the target's cluster"] == TOPICS * (2 * 2 * 2 + 2 * 2 * 3 + 3 * 2 + 3 * 1)
     assert (steering.negatives("train") == -1).sum() == sum(missing.values())

@@ -1,7 +1,9 @@
 """The same explanation from JAX, from ONNX Runtime and from PyTorch."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +29,14 @@ def test_explanations_are_the_same_everywhere(tmp_path: Path) -> None:
     )
     centroids = np.asarray(model.centroids[...])
 
-    def answered(by: object) -> Explainer:
+    def answered(by: Callable[..., dict[str, Any]]) -> Explainer:
         def answers(questions: np.ndarray, steering: np.ndarray) -> Prediction:
             given = {
                 "context": steering[:, None],
                 "context_mask": np.any(steering[:, None] != 0, axis=-1),
                 "query": questions,
             }
-            found = by(given, folder)  # type: ignore[operator]
+            found = by(given, folder)
             return Prediction(**{name: found[name] for name in ("embedding", "routing", "coarse", "fine")})
 
         return Explainer(model, centroids, NAMES, known=known, answers=answers)

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import fakes
 import jax
@@ -27,7 +30,8 @@ from prime_jax.predict.predictor import load
 from prime_jax.train import checkpoints, loop
 from prime_jax.train.loop import train
 from prime_jax.train.setup import prepared, steered_rows
-from prime_jax.train.state import MODEL
+from prime_jax.train.state import MODEL, TrainState
+from prime_jax.types import Batch
 
 CLUSTERS = 4
 EVERY = (ZERO, *VARIANTS)
@@ -112,27 +116,17 @@ def test_resume_goes_on_exactly_where_it_stopped(
     config = settings(steered_data)
     train(config, tmp_path / "whole")
 
-    class Asked:
-        asked = False
-
-    stop = Asked()
+    stop = SimpleNamespace(asked=False)
     program = loop.TrainingProgram.__call__
 
-    def counted(self: object, state: object, batch: object) -> object:
-        answer = program(self, state, batch)  # type: ignore[arg-type]
-        if not stop.asked and int(answer[0].step) == 5:
-            stop.asked = True
+    def counted(self: loop.TrainingProgram, state: TrainState, batch: Batch) -> Any:
+        answer = program(self, state, batch)
+        stop.asked = stop.asked or int(answer[0].step) == 5
         return answer
-
-    from contextlib import contextmanager
-
-    @contextmanager
-    def interruptible():  # type: ignore[no-untyped-def]
-        yield stop
 
     with monkeypatch.context() as patched:
         patched.setattr(loop.TrainingProgram, "__call__", counted)
-        patched.setattr(loop, "interruptible", interruptible)
+        patched.setattr(loop, "interruptible", lambda: nullcontext(stop))
         assert train(config, tmp_path / "cut").interrupted
     train(config, tmp_path / "cut", resume=True)
     states = []
@@ -143,11 +137,8 @@ def test_resume_goes_on_exactly_where_it_stopped(
         states.append(checkpoints.restore(newest, found)[0])
     jax.tree.map(np.testing.assert_array_equal, *states)
     timeless = [
-        [
-            {k: v for k, v in row.items() if k not in ("samples_per_second", "mfu")}
-            for row in rows_of(tmp_path / n)
-        ]
-        for n in ("whole", "cut")
+        [{key: value for key, value in row.items() if key not in TIMES} for row in rows_of(tmp_path / name)]
+        for name in ("whole", "cut")
     ]
     whole, cut = ({row["step"]: row for row in rows} for rows in timeless)
     assert set(whole) <= set(cut)
