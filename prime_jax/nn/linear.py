@@ -70,3 +70,15 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
         """Map the last axis."""
         return affine(x, self.kernel[...], self.bias[...], self.dtype)
+
+
+class Projection(nnx.Module):
+    """A linear map without bias: Xavier-uniform kernel `[I, O]`."""
+
+    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs)))
+        self.dtype = dtype
+
+    def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
+        """Map the last axis; float32 out."""
+        return product("...i,io->...o", x, self.kernel[...], self.dtype)
