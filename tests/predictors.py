@@ -13,6 +13,13 @@ from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.train.calibration import centres_of, fit
 
 N, D = 4, 24
+LLAMA = {"block": "llama", "num_kv_heads": 2, "head_dim": 16, "mlp_dim": 96, "rope_theta": 50.0}
+LLAMA["rope_scaling"] = {
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 
 
 def make(seed: int = 0, **fields: object) -> EmbeddingPredictor:

@@ -10,6 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
+from prime_jax.export.interface import torch_source
+from prime_jax.models.jasper import JasperConfig
+from prime_jax.models.prime import PredictorConfig
+
 ROOT = Path(__file__).parents[1] / "prime_jax"
 FILES = sorted(ROOT.rglob("*.py"))
 PARTS = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
@@ -141,15 +145,13 @@ def test_torch_is_imported_in_export_only() -> None:
     assert wrong == []
 
 
-@pytest.mark.parametrize(
-    "path",
-    [ROOT / "export" / name for name in ("torch_runtime.py", "torch_jasper.py")],
-    ids=lambda path: path.stem,
-)
-def test_what_lies_in_a_bundle_stands_alone(path: Path) -> None:
-    modules = {top(module) for owner, _, (module, _) in library_imports() if owner == path}
-    assert "torch" in modules
-    assert modules - sys.stdlib_module_names == {"torch"}
+def test_what_lies_in_a_bundle_stands_alone() -> None:
+    llama = PredictorConfig(block="llama")
+    for config in (PredictorConfig(), llama, JasperConfig()):
+        modules = {top(module) for module, _ in imports_of(torch_source(config), "bundle")}
+        assert "torch" in modules
+        assert modules - sys.stdlib_module_names == {"torch"}
+    assert "class LlamaBlock" in torch_source(llama)
 
 
 def test_nothing_reads_or_writes_pickle() -> None:

@@ -139,6 +139,8 @@ def _kind(given: Mapping[str, Any], words: Sequence[str], environment: Mapping[s
 
 def _flow(value: Any) -> str:
     """A value as YAML on one line."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
     return yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix("...\n").strip()
 
 

@@ -51,6 +51,15 @@ class TrainingConfig(Frozen):
     )
     ema_start: float = Field(default=0.996, ge=0, lt=1, description="first decay of target: ema")
     ema_end: float = Field(default=0.999, ge=0, lt=1, description="last decay of target: ema")
+    layers_lr_multiplier: float = Field(
+        default=1.0, ge=0, le=1, description="learning rate of the transformer layers, as a share; 0: frozen"
+    )
+    layer_decay: float = Field(
+        default=1.0, gt=0, le=1, description="share of its learning rate that a layer leaves the one below"
+    )
+    lora_rank: int = Field(
+        default=0, ge=0, description="train low-rank updates of frozen layers, of this rank; 0: the layers"
+    )
     positives: Literal["one", "all"] = Field(
         default="one", description="a row per right answer, or a row per example with all of them"
     )
@@ -86,6 +95,11 @@ class TrainingConfig(Frozen):
         if self.micro_batch_size and self.batch_size % self.micro_batch_size:
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
+            )
+        if self.lora_rank and (self.layers_lr_multiplier, self.layer_decay) != (1.0, 1.0):
+            raise ValueError(
+                "lora_rank freezes the layers and trains updates at the full learning rate; leave "
+                "layers_lr_multiplier and layer_decay at 1"
             )
         if self.negatives == "corpus":
             for name, off in (("target", "frozen"), ("projection_dim", 0)):
@@ -157,6 +171,9 @@ _STEERED_ONLY = (
     ("train", "target", "frozen"),
     ("train", "positives", "one"),
     ("train", "rotation", 0.0),
+    ("train", "layers_lr_multiplier", 1.0),
+    ("train", "layer_decay", 1.0),
+    ("train", "lora_rank", 0),
     ("train", "context_negatives", False),
     ("data", "context_from", "data"),
 )

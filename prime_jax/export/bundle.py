@@ -27,11 +27,12 @@ from prime_jax.export.quantize import Precision, file_of, quantize
 from prime_jax.export.signing import sign
 from prime_jax.export.to_onnx import OPSET, to_onnx
 from prime_jax.export.to_torch import load_state_dict, state_dict
-from prime_jax.files import atomic_folder, read_json, sha256, write_bytes, write_json, write_text
+from prime_jax.files import atomic_folder, read_json, sha256, write_json, write_text
 from prime_jax.manifest import FIRST_VERSION, MANIFEST, check_version, write_manifest
-from prime_jax.models import Model
+from prime_jax.models import AnyConfig, Model
 from prime_jax.models.bundle import KIND, TARGET_HEAD
 from prime_jax.models.confidence import Confidence, write_confidence
+from prime_jax.models.layers import LLAMA_ONLY
 from prime_jax.predict.predictor import Predictor
 
 INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k", "steering")
@@ -121,7 +122,7 @@ def write_bundle(
     known = {name: facts[name] for name in FACTS if name in facts}
     with atomic_folder(folder) as part:
         write_json(part / "config.json", _config(model, known))
-        write_bytes(part / "torch_runtime.py", torch_source(model.config.kind).read_bytes())
+        write_text(part / "torch_runtime.py", torch_source(model.config))
         _write_safetensors(part / "model.safetensors", tensors)
         _write_safetensors(part / "golden.safetensors", golden)
         if options.state_dict:
@@ -237,11 +238,19 @@ def _config(model: Model, facts: Mapping[str, Any]) -> dict[str, Any]:
     outputs = {output.name: _described(output) for output in outputs_of(config)}
     outputs["embedding"]["normalised"] = True
     return {
-        "model": {**config.model_dump(), "checkpoint_path": None},  # that is where its training started
+        "model": _model(config),
         "inputs": {given.name: _described(given) for given in inputs_of(config)},
         "output": outputs,
         **{name: facts[name] for name in CONFIG_FACTS if name in facts},
     }
+
+
+def _model(config: AnyConfig) -> dict[str, Any]:
+    """The model's settings, without where its training started, and without those of layers it has not."""
+    fields = {**config.model_dump(), "checkpoint_path": None}
+    for name in LLAMA_ONLY if fields.get("block") == "gelu" else ("init_from",):
+        fields.pop(name, None)
+    return fields
 
 
 def _described(tensor: Tensor) -> dict[str, Any]:

@@ -64,8 +64,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     if path.suffix not in (".pt", ".pth"):
         raise CheckpointError(f"{path}: expected a .pt, .pth or .safetensors file, or a bundle folder")
     need("torch", "torch")
-    from prime_jax.export import torch_runtime
+    from prime_jax.export import torch_llama, torch_runtime
 
+    assert "llama" in torch_llama.BLOCKS  # importing it made such layers known
     try:
         saved = torch_runtime.read_pt(path)
         if "state_dict" not in saved:
@@ -104,7 +105,7 @@ def _as_config(config: Config | None, where: str) -> AnyConfig:
 
 _COMPUTED_BY = (
     *("kind", "num_heads", "context_attention", "residual", "max_delta", "max_context_length"),
-    *("routing", "fine_input"),
+    *("routing", "fine_input", "block", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_scaling"),
 )
 
 

@@ -143,11 +143,12 @@ def onnxruntime_answers(golden: Arrays, bundle: Path, file: str = "model.onnx") 
     return {name: np.asarray(answer) for name, answer in zip(names, session.run(names, feeds), strict=True)}
 
 
-def torch_answers(golden: Arrays, bundle: Path, runtime: Path | None = None) -> Arrays:
-    """What the bundle's weights answer to the golden inputs in its own torch module, or in another one."""
+def torch_answers(golden: Arrays, bundle: Path, source: str | None = None) -> Arrays:
+    """What the bundle's weights answer to the golden inputs in its own torch module, or in another source."""
     import torch
 
-    model = module_of(runtime or bundle / "torch_runtime.py").load_bundle(bundle)
+    path = bundle / "torch_runtime.py"
+    model = module_of(source or path.read_text("utf-8"), str(path)).load_bundle(bundle)
     inputs = [torch.from_numpy(golden[name]) for name in ("context", "query", "context_mask")]
     with torch.inference_mode():
         if not hasattr(model, "details"):
@@ -155,8 +156,8 @@ def torch_answers(golden: Arrays, bundle: Path, runtime: Path | None = None) -> 
         return _named(model.details(*inputs)._asdict())
 
 
-def module_of(path: Path) -> ModuleType:
-    """A torch_runtime.py as a module, without leaving a compiled copy beside it."""
+def module_of(source: str, place: str) -> ModuleType:
+    """The source of a torch_runtime.py as a module, without leaving a compiled copy beside it."""
     module = ModuleType("torch_runtime")
-    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    exec(compile(source, place, "exec"), module.__dict__)
     return module

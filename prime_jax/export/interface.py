@@ -9,11 +9,12 @@ from typing import NamedTuple
 import numpy as np
 
 from prime_jax.errors import ExportError
-from prime_jax.models import DEFAULT_KIND, AnyConfig, Model
+from prime_jax.models import AnyConfig, Model
 from prime_jax.models.jasper import SteeredConfig
 from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
 
 INPUTS = ("context", "context_mask", "query")
+JOINED = "# Everything above this line is in torch_runtime.py already.\n"
 OUTPUTS = ("embedding", "routing", "coarse", "fine")  # of which every model has the first
 
 
@@ -71,10 +72,15 @@ def outputs_of(config: AnyConfig) -> list[Tensor]:
     ]
 
 
-def torch_source(kind: str) -> Path:
-    """The file of ours that a bundle of this kind of model holds as torch_runtime.py."""
-    name = "torch_runtime.py" if kind == DEFAULT_KIND else "torch_jasper.py"
-    return Path(__file__).with_name(name)
+def torch_source(config: AnyConfig | None = None) -> str:
+    """What a bundle of such a model holds as torch_runtime.py; None means the default model."""
+    here = Path(__file__).parent
+    if isinstance(config, SteeredConfig):
+        return (here / "torch_jasper.py").read_text("utf-8")
+    source = (here / "torch_runtime.py").read_text("utf-8")
+    if config is None or config.block == "gelu":
+        return source
+    return source + (here / "torch_llama.py").read_text("utf-8").partition(JOINED)[2]
 
 
 def check_centroids(model: Model) -> None:

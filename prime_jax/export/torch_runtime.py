@@ -17,7 +17,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from torch.nn import functional
 
 FORMATS = (1, 2)  # versions of manifest.json that this file reads
 _DTYPES = {"F32": torch.float32, "BOOL": torch.bool}
+_CHOICES = {"context_attention": ("full", "prefix", "causal"), "residual": ("none", "query", "copy")}
 
 
 class PredictorError(Exception):
@@ -52,15 +53,19 @@ class PredictorConfig:
     context_attention: str = "full"
     residual: str = "none"
     max_delta: float | None = None
+    block: str = "gelu"
+    num_kv_heads: int | None = None  # this and what follows: of llama layers
+    head_dim: int | None = None
+    mlp_dim: int | None = None
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.context_attention not in ("full", "prefix", "causal"):
-            raise PredictorError(
-                f"context_attention {self.context_attention!r} is not full, prefix or causal"
-            )
-        if self.residual not in ("none", "query", "copy"):
-            raise PredictorError(f"residual {self.residual!r} is not none, query or copy")
-        if self.hidden_dim % self.num_heads:
+        for name, known in {**_CHOICES, "block": tuple(BLOCKS)}.items():
+            if (given := getattr(self, name)) not in known:
+                raise PredictorError(f"{name} {given!r} is none of {', '.join(known)}")
+        if self.head_dim is None and self.hidden_dim % self.num_heads:
             raise PredictorError(f"hidden_dim {self.hidden_dim} is not divisible by {self.num_heads} heads")
 
     @classmethod
@@ -83,11 +88,11 @@ class PredictorConfig:
             CheckpointError: If a field is missing.
         """
         names = [field.name for field in fields(cls)]
-        for name in names:
+        for name in names[: names.index("block")]:  # older bundles say nothing of the layers
             if name not in values:
                 raise CheckpointError(f"{path}: model.{name} is missing")
         try:
-            return cls(**{name: values[name] for name in names})
+            return cls(**{name: values[name] for name in names if name in values})
         except (TypeError, ZeroDivisionError) as unfit:
             raise CheckpointError(f"{path}: does not describe a model ({unfit})") from None
 
@@ -125,6 +130,15 @@ class PredictorTransformerBlock(nn.Module):
         return answer
 
 
+# Layers and final norm by the config's `block`; a bundle whose layers are others adds them below.
+BLOCKS: dict[str, tuple[Callable[[PredictorConfig], nn.Module], Callable[[PredictorConfig], nn.Module]]] = {
+    "gelu": (
+        lambda config: PredictorTransformerBlock(config.hidden_dim, config.num_heads, config.dropout),
+        lambda config: nn.LayerNorm(config.hidden_dim),
+    )
+}
+
+
 class EmbeddingPredictor(nn.Module):
     """Predicts the embedding of the passage to retrieve from the turns so far and the query.
 
@@ -140,12 +154,11 @@ class EmbeddingPredictor(nn.Module):
         self.query_proj = nn.Linear(config.input_dim, hidden)
         self.output_proj = nn.Linear(hidden, config.output_dim)
         self.pred_token = nn.Parameter(0.02 * torch.randn(1, 1, hidden))
-        self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, config.max_context_length + 2, hidden))
-        self.layers = nn.ModuleList(
-            PredictorTransformerBlock(hidden, config.num_heads, config.dropout)
-            for _ in range(config.num_layers)
-        )
-        self.norm = nn.LayerNorm(hidden)
+        if config.block == "gelu":
+            self.pos_embedding = nn.Parameter(0.02 * torch.randn(1, config.max_context_length + 2, hidden))
+        layer, norm = BLOCKS[config.block]
+        self.layers = nn.ModuleList(layer(config) for _ in range(config.num_layers))
+        self.norm = norm(config)
         if config.residual != "none":
             self.residual_gate = nn.Parameter(torch.zeros(()))
         if config.residual == "copy":
@@ -155,7 +168,8 @@ class EmbeddingPredictor(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, context: Tensor, query: Tensor, context_mask: Tensor | None = None) -> Tensor:
         """Predict the embedding of the passage to retrieve.
@@ -181,13 +195,17 @@ class EmbeddingPredictor(nn.Module):
 
         pred = self.pred_token.expand(query.shape[0], -1, -1)
         x = torch.cat([pred, self.context_proj(context), self.query_proj(query)[:, None]], dim=1)
-        x = x + self.pos_embedding[0][_positions(context_mask)]
-        blocked = _blocked(context_mask, self.config.context_attention)
-        blocked = blocked.repeat_interleave(self.config.num_heads, dim=0)
+        positions = _positions(context_mask)
+        given = [_blocked(context_mask, self.config.context_attention)]
+        if self.config.block == "gelu":
+            x = x + self.pos_embedding[0][positions]
+            given[0] = given[0].repeat_interleave(self.config.num_heads, dim=0)
+        else:
+            given.append(positions)
         for layer in self.layers[:-1]:
-            x = layer(x, blocked)
+            x = layer(x, *given)
         turns = x[:, 1:-1]
-        x = self.layers[-1](x, blocked, rows=1)
+        x = self.layers[-1](x, *given, rows=1)
 
         delta = self.output_proj(self.norm(x[:, 0]))
         if self.config.residual != "none":

@@ -11,7 +11,6 @@ from prime_jax.errors import CheckpointError, ExportError, PredictorError
 from prime_jax.export.interface import torch_source
 from prime_jax.export.signing import verify_signature
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest, verify_manifest
-from prime_jax.models import DEFAULT_KIND
 from prime_jax.models.bundle import KIND as BUNDLE
 from prime_jax.models.bundle import read_config, read_tensors
 from prime_jax.train.checkpoints import KIND as CHECKPOINT
@@ -84,17 +83,17 @@ def verify(
         yield from _onnx(folder, manifest)
     if torch:
         ours = _our_runtime(folder)
-        if (folder / RUNTIME).read_bytes() != ours.read_bytes() and public_key is None:
+        if (folder / RUNTIME).read_bytes() != ours.encode() and public_key is None:
             yield f"{RUNTIME}: of another version, not run without --public-key; ours is instead"
-        yield _exact(folder, "torch", None, runtime_file=ours if public_key is None else None)
+        yield _exact(folder, "torch", None, source=ours if public_key is None else None)
 
 
-def _our_runtime(bundle: Path) -> Path:
-    """The torch module of ours for the kind of model that a bundle holds."""
+def _our_runtime(bundle: Path) -> str:
+    """The source of the torch module of ours for the kind of model that a bundle holds."""
     try:
-        return torch_source(read_config(bundle).kind)
+        return torch_source(read_config(bundle))
     except CheckpointError:  # running it will say what is wrong with the config
-        return torch_source(DEFAULT_KIND)
+        return torch_source()
 
 
 def _signature(folder: Path, public_key: Path | None) -> Iterator[str]:
@@ -130,14 +129,14 @@ def _onnx(bundle: Path, manifest: dict[str, Any]) -> Iterator[str]:
         yield f"{file}: smallest cosine to the golden answers {cosine:.6f} ({expected:.6f} where written)"
 
 
-def _exact(bundle: Path, runtime: str, file: str | None, *, runtime_file: Path | None = None) -> str:
+def _exact(bundle: Path, runtime: str, file: str | None, *, source: str | None = None) -> str:
     from prime_jax.export.golden import differences, onnxruntime_answers, torch_answers
 
     golden, name = _golden(bundle), file or RUNTIME
     work = (
         partial(onnxruntime_answers, golden, bundle, file)
         if file
-        else partial(torch_answers, golden, bundle, runtime_file)
+        else partial(torch_answers, golden, bundle, source)
     )
     answers = _run(bundle / name, work)
     try:

@@ -11,11 +11,14 @@ from pydantic import Field, model_validator
 
 from prime_jax.errors import PredictorError
 from prime_jax.models.base import ServedConfig
+from prime_jax.models.layers import InitFrom, check_block, llama_shape
 from prime_jax.models.residual import gated, query_with_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
 from prime_jax.nn.linear import Linear, unit
+from prime_jax.nn.llama import LlamaBlock, RMSNorm
 from prime_jax.nn.masks import ContextAttention, attention_mask, positions
 from prime_jax.nn.remat import Remat, rematerialised
+from prime_jax.nn.rotary import RopeScaling, RotaryTable, Rotation, rotary_table
 from prime_jax.types import Prediction
 
 TOKEN_STD = 0.02
@@ -40,10 +43,24 @@ class PredictorConfig(ServedConfig):
     max_delta: float | None = Field(
         default=None, gt=0, description="cap on the norm of what is added to the residual"
     )
+    block: Literal["gelu", "llama"] = Field(default="gelu", description="kind of transformer layer")
+    num_kv_heads: int | None = Field(
+        default=None, ge=1, description="llama: heads of keys and values; null: num_heads"
+    )
+    head_dim: int | None = Field(
+        default=None, ge=2, description="llama: width of a head; null: hidden_dim / num_heads"
+    )
+    mlp_dim: int | None = Field(default=None, ge=1, description="llama: width of the MLP; null: 4 hidden_dim")
+    norm_eps: float = Field(default=1e-5, gt=0, description="llama: epsilon of RMSNorm")
+    rope_theta: float = Field(default=10000.0, gt=1, description="llama: base of the rotary frequencies")
+    rope_scaling: RopeScaling | None = Field(default=None, description="llama: Llama 3's rotary scaling")
+    init_from: InitFrom | None = Field(
+        default=None, description="llama: Hugging Face folder and layers [a, b) that training starts from"
+    )
 
     @model_validator(mode="after")
     def _fields_fit_together(self) -> "PredictorConfig":
-        if self.hidden_dim % self.num_heads:
+        if self.head_dim is None and self.hidden_dim % self.num_heads:
             raise ValueError(f"hidden_dim {self.hidden_dim} is not divisible by num_heads {self.num_heads}")
         if self.residual != "none" and self.input_dim != self.output_dim:
             raise ValueError(
@@ -52,7 +69,24 @@ class PredictorConfig(ServedConfig):
             )
         if self.residual == "none" and self.max_delta is not None:
             raise ValueError("max_delta caps what is added to a residual, but residual is 'none'")
+        check_block(self)
         return self
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_size(self) -> int:
+        """Width of an attention head."""
+        return self.head_dim or self.hidden_dim // self.num_heads
+
+    def rotary(self) -> RotaryTable | None:
+        """Angles of every position, or None where positions are embeddings."""
+        if self.block != "llama":
+            return None
+        return rotary_table(self.max_context_length + 2, self.head_size, self.rope_theta, self.rope_scaling)
 
     def build(self, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> "EmbeddingPredictor":
         """Make the model this config describes, with fresh weights."""
@@ -66,6 +100,9 @@ class PredictorConfig(ServedConfig):
             "query": jax.ShapeDtypeStruct((batch, self.input_dim), jnp.float32),
             "context_mask": jax.ShapeDtypeStruct(turns, jnp.bool_),
         }
+
+
+Block = PredictorTransformerBlock | LlamaBlock
 
 
 class EmbeddingPredictor(nnx.Module):
@@ -88,14 +125,12 @@ class EmbeddingPredictor(nnx.Module):
         self.query_proj = Linear(config.input_dim, hidden, dtype=dtype, rngs=rngs)
         self.output_proj = Linear(hidden, config.output_dim, dtype=dtype, rngs=rngs)
         self.pred_token = nnx.Param(TOKEN_STD * jax.random.normal(rngs.params(), (hidden,)))
-        self.pos_embedding = nnx.Param(
-            TOKEN_STD * jax.random.normal(rngs.params(), (config.max_context_length + 2, hidden))
-        )
-        self.layers = nnx.List(
-            PredictorTransformerBlock(hidden, config.num_heads, config.dropout, dtype=dtype, rngs=rngs)
-            for _ in range(config.num_layers)
-        )
-        self.norm = layer_norm(hidden, rngs)
+        if config.block == "gelu":
+            self.pos_embedding = nnx.Param(
+                TOKEN_STD * jax.random.normal(rngs.params(), (config.max_context_length + 2, hidden))
+            )
+        self.layers: nnx.List[Block] = nnx.List(_block(config, dtype, rngs) for _ in range(config.num_layers))
+        self.norm = layer_norm(hidden, rngs) if config.block == "gelu" else RMSNorm(hidden, config.norm_eps)
         if config.residual != "none":
             self.residual_gate = nnx.Param(jnp.zeros(()))
         if config.residual == "copy":
@@ -172,14 +207,19 @@ class EmbeddingPredictor(nnx.Module):
         batch = query.shape[0]
         pred = jnp.broadcast_to(self.pred_token[...], (batch, 1, self.config.hidden_dim))
         tokens = [pred, self.context_proj(context), self.query_proj(query)[:, None]]
-        x = jnp.concatenate(tokens, axis=1) + self.pos_embedding[...][positions(context_mask)]
+        x = jnp.concatenate(tokens, axis=1)
+        table, rotation = self.config.rotary(), None
+        if table is None:
+            x = x + self.pos_embedding[...][positions(context_mask)]
+        else:
+            rotation = table.at(positions(context_mask))
         mask = attention_mask(context_mask, self.config.context_attention)
         last = len(self.layers) - 1
         turns = x[:, 1:-1]
         for index, layer in enumerate(self.layers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             turns = x[:, 1:-1]
-            x = _apply(layer, x, mask, key, rows=1 if index == last else None, remat=remat)
+            x = _apply(layer, x, mask, rotation, key, rows=1 if index == last else None, remat=remat)
         return x[:, 0], turns
 
     def _check(self, context: Any, query: Any, context_mask: Any) -> None:
@@ -207,21 +247,31 @@ class EmbeddingPredictor(nnx.Module):
             raise PredictorError(f"context_mask has shape {context_mask.shape}, expected {context.shape[:2]}")
 
 
+def _block(config: PredictorConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:
+    if config.block == "llama":
+        return LlamaBlock(llama_shape(config), config.dropout, dtype=dtype, rngs=rngs)
+    return PredictorTransformerBlock(
+        config.hidden_dim, config.num_heads, config.dropout, dtype=dtype, rngs=rngs
+    )
+
+
 def _apply(
-    layer: PredictorTransformerBlock,
+    layer: Block,
     x: Float[Array, "B S H"],
     mask: Bool[Array, "B S S"],
+    rotation: Rotation | None,
     key: Key[Array, ""] | None,
     *,
     rows: int | None,
     remat: Remat,
 ) -> Float[Array, "B R H"]:
-    if remat == "none":
-        return layer(x, mask, rows=rows, key=key)
     graph, params = nnx.split(layer)
 
     def block(params: Any, x: Float[Array, "B S H"]) -> Float[Array, "B R H"]:
-        return nnx.merge(graph, params)(x, mask, rows=rows, key=key)
+        merged = nnx.merge(graph, params)
+        where = (mask,) if rotation is None else (mask, rotation)
+        answer: Float[Array, "B R H"] = merged(x, *where, rows=rows, key=key)
+        return answer
 
     answer: Float[Array, "B R H"] = rematerialised(block, remat)(params, x)
     return answer

@@ -1,7 +1,8 @@
 """A model's weights as a flat dictionary with the names and layouts of a PyTorch module.
 
 PRIME's names are the plan's and load with `strict=True` into a plain `torch.nn` model; a residual adds up to
-three of its own. JASPER's are those of the module in `prime_jax.export.torch_jasper`.
+three of its own. Llama layers have the names that they have in a Hugging Face folder. JASPER's are those of
+the module in `prime_jax.export.torch_jasper`.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,6 +19,7 @@ from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.models.subspace import CENTROIDS, DecomposedJasperPredictor
 from prime_jax.nn.blocks import PredictorTransformerBlock
 from prime_jax.nn.linear import Linear
+from prime_jax.nn.llama import LlamaBlock, RMSNorm
 from prime_jax.nn.mlp import MLP
 
 Tensor = np.ndarray[Any, np.dtype[Any]]
@@ -95,11 +97,15 @@ def _slots(model: Model) -> Iterator[_Slot]:
 
 def _of_prime(model: EmbeddingPredictor) -> Iterator[_Slot]:
     yield _Slot("pred_token", model.pred_token, leading=2)
-    yield _Slot("pos_embedding", model.pos_embedding, leading=1)
+    if hasattr(model, "pos_embedding"):
+        yield _Slot("pos_embedding", model.pos_embedding, leading=1)
     for name in ("context_proj", "query_proj", "output_proj"):
         yield from _linear(name, getattr(model, name))
     for index, layer in enumerate(model.layers):
-        yield from _block(f"layers.{index}", layer)
+        if isinstance(layer, LlamaBlock):
+            yield from _llama_block(f"layers.{index}", layer)
+        else:
+            yield from _block(f"layers.{index}", layer)
     yield from _norm("norm", model.norm)
     for name in ("residual_gate", "copy_age", "copy_content"):
         if hasattr(model, name):
@@ -137,11 +143,22 @@ def _block(name: str, layer: PredictorTransformerBlock) -> Iterator[_Slot]:
     yield from _norm(f"{name}.norm2", layer.norm2)
 
 
+def _llama_block(name: str, layer: LlamaBlock) -> Iterator[_Slot]:
+    """The names of a Hugging Face Llama."""
+    yield from _norm(f"{name}.input_layernorm", layer.norm1)
+    for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+        yield _Slot(f"{name}.self_attn.{part}.weight", getattr(layer, part).kernel, transposed=True)
+    yield from _norm(f"{name}.post_attention_layernorm", layer.norm2)
+    for part in ("gate_proj", "up_proj", "down_proj"):
+        yield _Slot(f"{name}.mlp.{part}.weight", getattr(layer, part).kernel, transposed=True)
+
+
 def _linear(name: str, linear: Linear) -> Iterator[_Slot]:
     yield _Slot(f"{name}.weight", linear.kernel, transposed=True)
     yield _Slot(f"{name}.bias", linear.bias)
 
 
-def _norm(name: str, norm: nnx.LayerNorm) -> Iterator[_Slot]:
+def _norm(name: str, norm: nnx.LayerNorm | RMSNorm) -> Iterator[_Slot]:
     yield _Slot(f"{name}.weight", norm.scale)
-    yield _Slot(f"{name}.bias", norm.bias)
+    if isinstance(norm, nnx.LayerNorm):
+        yield _Slot(f"{name}.bias", norm.bias)

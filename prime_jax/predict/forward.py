@@ -16,7 +16,9 @@ from prime_jax.models.residual import gated, query_with_turns
 from prime_jax.nn.attention import attend, split_heads
 from prime_jax.nn.blocks import NORM_EPSILON
 from prime_jax.nn.linear import unit
+from prime_jax.nn.llama import rms_normalised, shared_heads
 from prime_jax.nn.masks import attention_mask, positions
+from prime_jax.nn.rotary import Rotation, rotate
 from prime_jax.predict.weights import Affine, Layer, Norm, Weights
 
 Attention = Literal["float32", "bfloat16", "cudnn"]
@@ -33,11 +35,11 @@ class Cache(NamedTuple):
     instead.
 
     Attributes:
-        keys: `[B, N, heads, head_dim]` for each layer; nothing with full.
+        keys: `[B, N, heads, head_dim]` for each layer, turned to their positions; nothing with full.
         values: `[B, N, heads, head_dim]` for each layer; nothing with full.
         entering: The turns as they enter the first layer, `[B, N, H]`; full only.
-        projected: Their input projection there, `[B, N, 3 H]` (2 H where it is the last layer too); full
-            only.
+        projected: Their input projection there, as wide as queries, keys and values (without queries where
+            it is the last layer too); full only.
         window: The turns' embeddings, `[B, N, D]`; residual 'copy' only.
         content: What the residual reads in each turn, `[B, N]`; residual 'copy' with prefix or causal only.
     """
@@ -53,10 +55,11 @@ class Cache(NamedTuple):
 def empty_cache(config: PredictorConfig, batch: int) -> Cache:
     """A cache without turns."""
     slots, hidden = (batch, config.max_context_length), config.hidden_dim
-    heads = (*slots, config.num_heads, hidden // config.num_heads)
+    heads = (*slots, config.kv_heads, config.head_size)
     full, copies = config.context_attention == "full", config.residual == "copy"
     layers = 0 if full else config.num_layers
-    wide = (2 if config.num_layers == 1 else 3) * hidden
+    asking = 0 if config.num_layers == 1 else config.num_heads
+    wide = (asking + 2 * config.kv_heads) * config.head_size
     return Cache(
         keys=tuple(jnp.zeros(heads) for _ in range(layers)),
         values=tuple(jnp.zeros(heads) for _ in range(layers)),
@@ -87,11 +90,11 @@ def forward(
         attention: How attention is computed.
     """
     context = jnp.where(context_mask[..., None], context, 0.0)
-    at = weights.pos_embedding[positions(context_mask)]
-    turns = affine(context, weights.context_proj) + at[:, 1:-1]
+    at = positions(context_mask)
+    turns = _placed(affine(context, weights.context_proj), weights, at[:, 1:-1])
     x = _sequence(weights, turns, query, at[:, -1])
     mask = attention_mask(context_mask, config.context_attention)
-    pred, entering_last, _, _ = _layers(weights, x, mask, config, attention)
+    pred, entering_last, _, _ = _layers(weights, x, at, mask, config, attention)
     content = _content(weights, entering_last)
     return _answer(weights, pred, query, context, context_mask, content, config)
 
@@ -129,24 +132,33 @@ def advance(
     total = start + count
     held = jnp.arange(most) < total[:, None]
     turns = jnp.where(fresh[..., None], turns, 0.0)
-    added = affine(turns, weights.context_proj) + weights.pos_embedding[slots + 1]
-    at_query = weights.pos_embedding[total + 1]
+    added = _placed(affine(turns, weights.context_proj), weights, slots + 1)
+    at_query = total + 1
     if cache.window is not None:
         cache = cache._replace(window=_write(cache.window, slots, turns))
     if cache.entering is not None:
         first = weights.layers[0]
         entering = _write(cache.entering, slots, added)
-        projected = _write(cache.projected, slots, affine(_norm(added, first.norm1), first.in_proj))
+        normed = _norm(added, first.norm1, config.norm_eps)
+        projected = _write(cache.projected, slots, affine(normed, first.in_proj))
         cache = cache._replace(entering=entering, projected=projected)
         x = _sequence(weights, entering, query, at_query)
+        at = _around(jnp.broadcast_to(jnp.arange(most) + 1, held.shape), at_query)
         mask = attention_mask(held, "full")
-        pred, entering_last, _, _ = _layers(weights, x, mask, config, attention, projected=projected)
+        pred, entering_last, _, _ = _layers(weights, x, at, mask, config, attention, projected=projected)
         content = _content(weights, entering_last)
     else:
         x = _sequence(weights, added, query, at_query)
         mask = _mask_over_slots(slots, held, config)
         pred, entering_last, keys, values = _layers(
-            weights, x, mask, config, attention, kept=(cache.keys, cache.values), slots=slots
+            weights,
+            x,
+            _around(slots + 1, at_query),
+            mask,
+            config,
+            attention,
+            kept=(cache.keys, cache.values),
+            slots=slots,
         )
         cache = cache._replace(keys=keys, values=values)
         if cache.content is not None:
@@ -173,24 +185,35 @@ def affine(x: Float[Array, "*a I"], weights: Affine) -> Float[Array, "*a O"]:
         precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    answer: Array = multiplied[:count].reshape(*x.shape[:-1], len(weights.bias)) + weights.bias
-    return answer
+    answer: Array = multiplied[:count].reshape(*x.shape[:-1], multiplied.shape[-1])
+    return answer if weights.bias is None else answer + weights.bias
 
 
 def _sequence(
-    weights: Weights, turns: Float[Array, "B P H"], query: Float[Array, "B D"], at_query: Float[Array, "B H"]
+    weights: Weights, turns: Float[Array, "B P H"], query: Float[Array, "B D"], at_query: Int[Array, " B"]
 ) -> Float[Array, "B T H"]:
     """[PRED], turns, query with their positions, as they enter the first layer."""
-    pred = jnp.broadcast_to(
-        weights.pred_token + weights.pos_embedding[0], (query.shape[0], 1, turns.shape[2])
-    )
-    asked = affine(query, weights.query_proj) + at_query
+    pred = jnp.broadcast_to(weights.pred_token, (query.shape[0], 1, turns.shape[2]))
+    pred = _placed(pred, weights, jnp.zeros((1, 1), jnp.int32))
+    asked = _placed(affine(query, weights.query_proj), weights, at_query)
     return jnp.concatenate([pred, turns, asked[:, None]], axis=1)
+
+
+def _placed(x: Float[Array, "*a H"], weights: Weights, at: Int[Array, "*b"]) -> Float[Array, "*a H"]:
+    """Tokens with the embedding of their position, where positions are embeddings."""
+    return x if weights.pos_embedding is None else x + weights.pos_embedding[at]
+
+
+def _around(turns: Int[Array, "B P"], query: Int[Array, " B"]) -> Int[Array, "B T"]:
+    """Positions of [PRED], turns and query."""
+    pred = jnp.zeros_like(query[:, None])
+    return jnp.concatenate([pred, turns.astype(query.dtype), query[:, None]], axis=1)
 
 
 def _layers(
     weights: Weights,
     x: Float[Array, "B T H"],
+    at: Int[Array, "B T"],
     mask: Bool[Array, "B T S"],
     config: PredictorConfig,
     attention: Attention,
@@ -204,6 +227,7 @@ def _layers(
     Args:
         weights: Laid-out weights.
         x: [PRED], turns, query.
+        at: Their positions.
         mask: Who sees whom; columns are the tokens of `x` or, with `kept`, [PRED], all slots, query.
         config: The model's configuration.
         attention: How attention is computed.
@@ -215,21 +239,30 @@ def _layers(
         [PRED]'s answer `[B, H]`, the turns as they enter the last layer `[B, T - 2, H]`, and `kept`, updated.
     """
     keys_kept, values_kept = [], []
+    table = config.rotary()
+    rotation = None if table is None else table.at(at)
+    asking_width, asked_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
     entering = x[:, 1:-1]
     for index, layer in enumerate(weights.layers):
         entering = x[:, 1:-1]
-        normed = _norm(x, layer.norm1)
+        normed = _norm(x, layer.norm1, config.norm_eps)
         if index == 0 and projected is not None:
             ends = affine(normed[:, jnp.array([0, -1])], layer.in_proj)
             inputs = jnp.concatenate([ends[:, :1], projected, ends[:, 1:]], axis=1)
         else:
             inputs = affine(normed, layer.in_proj)
-        asking, seen = x, mask
+        asking, seen, turned = x, mask, rotation
         if layer.query is None:
-            queries, inputs = jnp.split(inputs, (x.shape[-1],), axis=-1)
+            queries, inputs = jnp.split(inputs, (asking_width,), axis=-1)
         else:
             queries, asking, seen = affine(normed[:, :1], layer.query), x[:, :1], mask[:, :1]
-        keys, values = (split_heads(part, config.num_heads) for part in jnp.split(inputs, 2, axis=-1))
+            turned = None if rotation is None else Rotation(rotation.cos[:, :1], rotation.sin[:, :1])
+        keys, values = (
+            split_heads(part, config.kv_heads) for part in jnp.split(inputs, (asked_width,), axis=-1)
+        )
+        queries = split_heads(queries, config.num_heads)
+        if rotation is not None and turned is not None:
+            queries, keys = rotate(queries, turned), rotate(keys, rotation)
         if kept is not None and slots is not None:
             held = (
                 _write(kept[0][index], slots, keys[:, 1:-1]),
@@ -239,13 +272,19 @@ def _layers(
             values_kept.append(held[1])
             keys = jnp.concatenate([keys[:, :1], held[0], keys[:, -1:]], axis=1)
             values = jnp.concatenate([values[:, :1], held[1], values[:, -1:]], axis=1)
-        mixed = _attend(split_heads(queries, config.num_heads), keys, values, seen, attention)
-        x = _mlp(asking + affine(mixed, layer.out_proj), layer)
+        keys, values = (shared_heads(part, config.num_heads) for part in (keys, values))
+        mixed = _attend(queries, keys, values, seen, attention)
+        x = _mlp(asking + affine(mixed, layer.out_proj), layer, config.norm_eps)
     return x[:, 0], entering, tuple(keys_kept), tuple(values_kept)
 
 
-def _mlp(x: Float[Array, "B R H"], layer: Layer) -> Float[Array, "B R H"]:
-    inner = jax.nn.gelu(affine(_norm(x, layer.norm2), layer.mlp_in), approximate=False)
+def _mlp(x: Float[Array, "B R H"], layer: Layer, epsilon: float) -> Float[Array, "B R H"]:
+    normed = _norm(x, layer.norm2, epsilon)
+    inner = affine(normed, layer.mlp_in)
+    if layer.mlp_gate is None:
+        inner = jax.nn.gelu(inner, approximate=False)
+    else:
+        inner = jax.nn.silu(affine(normed, layer.mlp_gate)) * inner
     return x + affine(inner, layer.mlp_out)
 
 
@@ -257,7 +296,10 @@ def _attend(queries: Array, keys: Array, values: Array, mask: Array, attention: 
     return mixed.reshape(*mixed.shape[:2], -1).astype(jnp.float32)
 
 
-def _norm(x: Float[Array, "*a H"], norm: Norm) -> Float[Array, "*a H"]:
+def _norm(x: Float[Array, "*a H"], norm: Norm, epsilon: float) -> Float[Array, "*a H"]:
+    """LayerNorm with torch's epsilon, or RMSNorm with the model's."""
+    if norm.bias is None:
+        return rms_normalised(x, norm.scale, epsilon)
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
     return centred * jax.lax.rsqrt(variance + NORM_EPSILON) * norm.scale + norm.bias
@@ -301,7 +343,7 @@ def _answer(
     config: PredictorConfig,
 ) -> Float[Array, "B E"]:
     """[PRED]'s answer, projected, added to the residual and normalised."""
-    delta = affine(_norm(pred, weights.norm), weights.output_proj)
+    delta = affine(_norm(pred, weights.norm, config.norm_eps), weights.output_proj)
     residual = weights.residual
     if residual is None:
         return unit(delta)

@@ -14,15 +14,16 @@ from flax import nnx, struct
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models.prime import Block, EmbeddingPredictor
 from prime_jax.nn.linear import Linear
+from prime_jax.nn.llama import LlamaBlock, RMSNorm
 
 DType = Literal["float32", "bfloat16"]
 
 
 @struct.dataclass
 class Affine:
-    """An affine map: kernel `[I, O]`, or `[O, I]` where `outputs_first`, and bias `[O]`."""
+    """An affine map: kernel `[I, O]`, or `[O, I]` where `outputs_first`, and bias `[O]` or None."""
 
     kernel: Any  # Array, or what JAX puts in its place when it describes a program
     bias: Any
@@ -30,10 +31,10 @@ class Affine:
 
 
 class Norm(NamedTuple):
-    """LayerNorm's parameters, `[H]` each."""
+    """LayerNorm's parameters, `[H]` each, or RMSNorm's, which has no bias."""
 
     scale: Array
-    bias: Array
+    bias: Array | None
 
 
 class Layer(NamedTuple):
@@ -41,12 +42,13 @@ class Layer(NamedTuple):
 
     Attributes:
         norm1: Before attention.
-        in_proj: To queries, keys and values, 3 H wide; in the last layer to keys and values, 2 H wide.
+        in_proj: To queries, keys and values side by side; in the last layer to keys and values only.
         query: To queries, in the last layer only.
         out_proj: After attention.
         norm2: Before the MLP.
-        mlp_in: H to 4 H.
-        mlp_out: 4 H to H.
+        mlp_in: H to the MLP's width.
+        mlp_out: Back to H.
+        mlp_gate: What SwiGLU multiplies `mlp_in` by; None where the MLP is a GELU's.
     """
 
     norm1: Norm
@@ -56,6 +58,7 @@ class Layer(NamedTuple):
     norm2: Norm
     mlp_in: Affine
     mlp_out: Affine
+    mlp_gate: Affine | None = None
 
 
 class Residual(NamedTuple):
@@ -73,7 +76,7 @@ class Weights(NamedTuple):
     query_proj: Affine
     output_proj: Affine
     pred_token: Float[Array, " H"]
-    pos_embedding: Float[Array, "positions H"]
+    pos_embedding: Float[Array, "positions H"] | None  # llama layers rotate instead
     layers: tuple[Layer, ...]
     norm: Norm
     residual: Residual | None
@@ -85,35 +88,52 @@ def lay_out(model: EmbeddingPredictor, dtype: DType) -> Weights:
     In float32 all but the last layer's input projection are the model's own arrays, not copies.
     """
     last = len(model.layers) - 1
-    layers = []
-    for index, block in enumerate(model.layers):
-        fused, hidden = block.attention.in_proj, model.config.hidden_dim
-        query = None
-        in_proj = _linear(fused, dtype)
-        if index == last:
-            kernel, bias = fused.kernel[...], fused.bias[...]
-            query = _affine(kernel[:, :hidden], bias[:hidden], dtype)
-            in_proj = _affine(kernel[:, hidden:], bias[hidden:], dtype)
-        layers.append(
-            Layer(
-                _norm(block.norm1),
-                in_proj,
-                query,
-                _linear(block.attention.out_proj, dtype),
-                _norm(block.norm2),
-                _linear(block.mlp_in, dtype),
-                _linear(block.mlp_out, dtype),
-            )
-        )
+    layers = tuple(_layer(block, dtype, last=index == last) for index, block in enumerate(model.layers))
     return Weights(
         context_proj=_linear(model.context_proj, dtype),
         query_proj=_linear(model.query_proj, dtype),
         output_proj=_linear(model.output_proj, dtype),
         pred_token=model.pred_token[...],
-        pos_embedding=model.pos_embedding[...],
-        layers=tuple(layers),
+        pos_embedding=model.pos_embedding[...] if hasattr(model, "pos_embedding") else None,
+        layers=layers,
         norm=_norm(model.norm),
         residual=_residual(model),
+    )
+
+
+def _layer(block: Block, dtype: DType, *, last: bool) -> Layer:
+    if isinstance(block, LlamaBlock):
+        return _llama_layer(block, dtype, last=last)
+    fused = block.attention.in_proj
+    query, in_proj = None, _linear(fused, dtype)
+    if last:
+        kernel, bias, hidden = fused.kernel[...], fused.bias[...], block.attention.hidden_dim
+        query = _affine(kernel[:, :hidden], bias[:hidden], dtype)
+        in_proj = _affine(kernel[:, hidden:], bias[hidden:], dtype)
+    return Layer(
+        _norm(block.norm1),
+        in_proj,
+        query,
+        _linear(block.attention.out_proj, dtype),
+        _norm(block.norm2),
+        _linear(block.mlp_in, dtype),
+        _linear(block.mlp_out, dtype),
+    )
+
+
+def _llama_layer(block: LlamaBlock, dtype: DType, *, last: bool) -> Layer:
+    """Queries, keys and values side by side; queries apart in the last layer, where [PRED] alone asks."""
+    queries, keys, values = (part.kernel[...] for part in (block.q_proj, block.k_proj, block.v_proj))
+    asked = [keys, values] if last else [queries, keys, values]
+    return Layer(
+        _norm(block.norm1),
+        _affine(jnp.concatenate(asked, axis=1), None, dtype),
+        _affine(queries, None, dtype) if last else None,
+        _affine(block.o_proj.kernel[...], None, dtype),
+        _norm(block.norm2),
+        _affine(block.up_proj.kernel[...], None, dtype),
+        _affine(block.down_proj.kernel[...], None, dtype),
+        _affine(block.gate_proj.kernel[...], None, dtype),
     )
 
 
@@ -132,14 +152,16 @@ def _linear(linear: Linear, dtype: DType) -> Affine:
     return _affine(linear.kernel[...], linear.bias[...], dtype)
 
 
-def _affine(kernel: Array, bias: Array, dtype: DTypeLike) -> Affine:
+def _affine(kernel: Array, bias: Array | None, dtype: DTypeLike) -> Affine:
     kernel = jnp.asarray(kernel, dtype)
     outputs_first = dtype == "bfloat16" and jax.default_backend() == "cpu"
     return Affine(kernel.T if outputs_first else kernel, bias, outputs_first)
 
 
-def _norm(norm: nnx.LayerNorm) -> Norm:
-    scale, bias = norm.scale, norm.bias
+def _norm(norm: nnx.LayerNorm | RMSNorm) -> Norm:
+    scale = norm.scale
     assert scale is not None
-    assert bias is not None
-    return Norm(scale[...], bias[...])
+    if isinstance(norm, RMSNorm):
+        return Norm(scale[...], None)
+    assert norm.bias is not None
+    return Norm(scale[...], norm.bias[...])

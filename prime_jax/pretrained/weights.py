@@ -44,6 +44,8 @@ def weight_files(folder: Path) -> list[Path]:
 class Weights:
     """All tensors of a folder; nothing is read from disk before it is taken.
 
+    A file is opened anew for every tensor: a file that stays open keeps in memory what was read of it.
+
     Args:
         folder: Where the safetensors files are.
         rename: Gives the name to take a tensor by from the name it is stored under.
@@ -53,20 +55,16 @@ class Weights:
     """
 
     def __init__(self, folder: Path, rename: Callable[[str], str] = str):
-        self._found: dict[str, tuple[Path, str, Any]] = {}
+        self._found: dict[str, tuple[Path, str]] = {}
         self._taken: set[str] = set()
         self._paths = weight_files(folder)
         for path in self._paths:
-            try:
-                opened: Any = safe_open(path, framework="np")
-            except (SafetensorError, OSError) as broken:
-                raise DataError(f"{path}: not a readable safetensors file ({broken})") from None
-            for stored in opened.keys():  # noqa: SIM118 (the handle is no dict and cannot be iterated)
+            for stored in _opened(path).keys():  # noqa: SIM118 (the handle is no dict and cannot be iterated)
                 name = rename(stored)
                 if name in self._found:
                     other = self._found[name][1]
                     raise DataError(f"{path}: tensor {stored!r} comes twice, also as {other!r}")
-                self._found[name] = (path, stored, opened)
+                self._found[name] = (path, stored)
 
     def take(self, name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
         """Read a tensor as float32.
@@ -76,7 +74,8 @@ class Weights:
         """
         if name not in self._found:
             raise DataError(f"{', '.join(map(str, self._paths))}: tensor {name!r} is missing")
-        path, stored, opened = self._found[name]
+        path, stored = self._found[name]
+        opened = _opened(path)
         tensor = opened.get_slice(stored)
         if tensor.get_dtype() not in FLOATS:
             raise DataError(
@@ -89,8 +88,19 @@ class Weights:
             )
         self._taken.add(name)
         values: npt.NDArray[Any] = opened.get_tensor(stored)
-        return values.astype(np.float32)
+        return values.astype(np.float32, copy=False)
+
+    def names(self) -> list[str]:
+        """Names of all tensors, sorted."""
+        return sorted(self._found)
 
     def unread(self) -> list[str]:
         """Names of the tensors nobody has taken, sorted."""
         return sorted(self._found.keys() - self._taken)
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as broken:
+        raise DataError(f"{path}: not a readable safetensors file ({broken})") from None

@@ -47,14 +47,15 @@ def forward_flops(config: AnyConfig) -> float:
         return 2.0 * sum(int(leaf.size) for leaf in leaves if leaf.ndim > 1)
     hidden, tokens = config.hidden_dim, config.max_context_length + 2
     inputs = (tokens - 1) * config.input_dim * hidden + hidden * config.output_dim
+    asking_width, asked_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
+    inner = 2 * 4 * hidden if config.block == "gelu" else 3 * (config.mlp_dim or 4 * hidden)
     whole = 0.0
     for layer in range(config.num_layers):
         asking = 1 if layer == config.num_layers - 1 else tokens  # the last layer computes [PRED] alone
-        keys_and_values = 2 * tokens * hidden * hidden
-        queries_and_output = 2 * asking * hidden * hidden
-        attention = 2 * asking * tokens * hidden
-        mlp = 2 * asking * hidden * 4 * hidden
-        whole += keys_and_values + queries_and_output + attention + mlp
+        keys_and_values = 2 * tokens * hidden * asked_width
+        queries_and_output = 2 * asking * hidden * asking_width
+        attention = 2 * asking * tokens * asking_width
+        whole += keys_and_values + queries_and_output + attention + asking * hidden * inner
     return 2.0 * (inputs + whole)
 
 

@@ -8,6 +8,8 @@ import optax
 from prime_jax.config import TrainingConfig
 from prime_jax.losses.objective import TARGET_HEAD
 from prime_jax.models.subspace import CENTROIDS
+from prime_jax.train.adapters import LAYERS
+from prime_jax.train.state import MODEL
 
 
 def warmup_steps(config: TrainingConfig, updates: int) -> int:
@@ -38,13 +40,49 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
         return jax.tree_util.tree_map_with_path(lambda at, leaf: leaf.ndim > 1 and not _frozen(at), params)
 
     adamw = optax.adamw(learning_rate(config, updates), weight_decay=config.weight_decay, mask=matrices)
+    if layers_frozen(config):  # no moments are kept of what does not move
+        adamw = optax.masked(adamw, _but_the_layers)
     clip = (
         optax.clip_by_global_norm(config.gradient_clip_val) if config.gradient_clip_val else optax.identity()
     )
-    optimizer = optax.chain(clip, adamw, _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier))
+    optimizer = optax.chain(
+        clip,
+        adamw,
+        _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier),
+        _slowed_layers(0.0 if layers_frozen(config) else config.layers_lr_multiplier, config.layer_decay),
+    )
     if config.accumulate_grad_batches == 1:
         return optimizer
     return optax.MultiSteps(optimizer, config.accumulate_grad_batches).gradient_transformation()
+
+
+def layers_frozen(config: TrainingConfig) -> bool:
+    """Whether the transformer layers stay as they start."""
+    return config.layers_lr_multiplier == 0 or config.lora_rank > 0
+
+
+def _but_the_layers(params: Any) -> Any:
+    """True for every parameter outside the model's transformer layers."""
+    kept = jax.tree.map(lambda _: True, params)
+    if LAYERS in kept.get(MODEL, {}):
+        kept[MODEL][LAYERS] = jax.tree.map(lambda _: False, kept[MODEL][LAYERS])
+    return kept
+
+
+def _slowed_layers(share: float, decay: float) -> optax.GradientTransformation:
+    """Move layer i of L by `share * decay ** (L - 1 - i)` of what it would move otherwise."""
+
+    def scale(updates: Any, params: Any = None) -> Any:
+        layers = updates.get(MODEL, {}).get(LAYERS)
+        if layers is None or (share, decay) == (1.0, 1.0):
+            return updates
+        slowed = {}
+        for number, layer in layers.items():
+            part = share * decay ** (len(layers) - 1 - int(number))
+            slowed[number] = jax.tree.map(lambda leaf, part=part: part * leaf, layer)
+        return {**updates, MODEL: {**updates[MODEL], LAYERS: slowed}}
+
+    return optax.stateless(scale)
 
 
 def _frozen(path: Any) -> bool:

@@ -13,11 +13,13 @@ from prime_jax.losses import AnyObjective
 from prime_jax.losses.corpus import Corpus, in_chunks
 from prime_jax.losses.jasper import JasperObjective
 from prime_jax.losses.objective import Objective
+from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.subspace import CENTROIDS, SubspaceConfig
 from prime_jax.nn.remat import Remat
+from prime_jax.pretrained.llama import Place, pretrained_layers
 from prime_jax.train import memory
 from prime_jax.train.collective import say
-from prime_jax.train.optim import make_optimizer
+from prime_jax.train.optim import layers_frozen, make_optimizer
 from prime_jax.train.sharding import make_mesh, split_batch, spread_out, state_shardings
 from prime_jax.train.state import MODEL, TrainState, build_graph, init_state
 from prime_jax.train.step import Metrics, StepPlan, make_train_step
@@ -86,6 +88,7 @@ class TrainingProgram:
             ema=(settings.ema_start, settings.ema_end),
             rotation=settings.rotation,
             average_weights=settings.average_weights,
+            layers_frozen=layers_frozen(settings),
         )
         graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
@@ -109,10 +112,17 @@ class TrainingProgram:
                 settings.seed,
                 self._objective,
                 averaging=settings.average_weights > 0,
+                lora_rank=settings.lora_rank,
             )
 
         shardings = state_shardings(self.mesh, jax.eval_shape(start))
         state: TrainState = jax.jit(start, out_shardings=shardings)()
+        model = self._config.model
+        if isinstance(model, PredictorConfig) and model.init_from is not None:
+            for place, tensor in pretrained_layers(model):
+                _put(state.params[MODEL], shardings.params[MODEL], place, tensor)
+            if state.smoothed is not None:
+                state = replace(state, smoothed=jax.tree.map(jnp.copy, state.params[MODEL]))
         if weights is not None:
             placed = spread_out(weights, shardings.params[MODEL])
             state = replace(state, params={**state.params, MODEL: placed})
@@ -150,3 +160,11 @@ class TrainingProgram:
         say(memory.describe(needs, limit))
         memory.check(needs, limit, self._config)
         return compiled
+
+
+def _put(params: Any, shardings: Any, place: Place, tensor: Any) -> None:
+    """Replace one parameter in place; the old one gives its memory back at once."""
+    for part in place[:-1]:
+        params, shardings = params[part], shardings[part]
+    params[place[-1]].delete()
+    params[place[-1]] = spread_out(tensor, shardings[place[-1]])

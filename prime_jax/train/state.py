@@ -13,12 +13,14 @@ from jaxtyping import Array
 from prime_jax.losses import AnyObjective
 from prime_jax.losses.objective import TARGET_HEAD, Objective
 from prime_jax.models import ModelConfig
+from prime_jax.train.adapters import initial_adapters, with_adapters
 
 Graph = nnx.GraphDef[Any]
 
 Leaf = Any  # Array, or what JAX puts in its place when it describes a program
 
 MODEL = "model"
+ADAPTERS = "adapters"
 
 
 @jax.tree_util.register_dataclass
@@ -57,8 +59,13 @@ class TrainState:
 
     @property
     def predicting(self) -> Any:
-        """The model's parameters to predict with: their average where there is one."""
-        return self.params[MODEL] if self.smoothed is None else self.smoothed
+        """The model's parameters to predict with: their average where there is one, adapters added."""
+        return trained_weights(self.params) if self.smoothed is None else self.smoothed
+
+
+def trained_weights(params: Any) -> Any:
+    """The model's parameters among those of a state, with the adapters of its layers where it has some."""
+    return with_adapters(params[MODEL], params.get(ADAPTERS))
 
 
 def build_graph(config: ModelConfig, dtype: DTypeLike) -> Graph:
@@ -78,14 +85,20 @@ def init_state(
     objective: AnyObjective | None = None,
     *,
     averaging: bool = False,
+    lora_rank: int = 0,
 ) -> TrainState:
-    """Fresh weights and optimizer state, both from `seed`; `averaging` starts the average of the weights."""
+    """Fresh weights and optimizer state, both from `seed`.
+
+    `averaging` starts the average of the weights; a `lora_rank` puts adapters beside the layers.
+    """
     objective = objective or Objective()
     key = jax.random.key(seed)
     params = {
         MODEL: pure_params(config.build(rngs=nnx.Rngs(seed))),
         **objective.initial(jax.random.fold_in(key, 1), config.output_dim),
     }
+    if lora_rank:
+        params[ADAPTERS] = initial_adapters(jax.random.fold_in(key, 2), params[MODEL], lora_rank)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

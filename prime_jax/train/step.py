@@ -20,9 +20,10 @@ from prime_jax.losses import AnyObjective
 from prime_jax.losses.corpus import Corpus
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
+from prime_jax.train.adapters import without_gradient
 from prime_jax.train.rotation import random_rotation
 from prime_jax.train.sharding import replicated, state_shardings
-from prime_jax.train.state import MODEL, Graph, TrainState
+from prime_jax.train.state import ADAPTERS, MODEL, Graph, TrainState, trained_weights
 from prime_jax.turns import one_turn, rejoined
 from prime_jax.types import Batch, Prediction
 
@@ -43,6 +44,7 @@ class StepPlan:
         rotation: Share of batches that are turned (see `prime_jax.train.rotation`); needs D = E.
         average_weights: Decay of the moving average of the weights, where the state has one.
         epoch_steps: Length of an epoch, for what moves with epochs.
+        layers_frozen: Whether the transformer layers get no gradient.
     """
 
     total_steps: int = 1
@@ -52,6 +54,7 @@ class StepPlan:
     rotation: float = 0.0
     average_weights: float = 0.0
     epoch_steps: int = 1
+    layers_frozen: bool = False
 
 
 def make_train_step(
@@ -79,7 +82,14 @@ def make_train_step(
     def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None, done: Array) -> Prediction:
         if mesh is not None:  # weights come together where they are used, gradients go back to their shares
             params = jax.lax.with_sharding_constraint(params, replicated(mesh))
-        answer = partial(nnx.merge(graph, params).details, dropout_key=key, remat=plan.remat, progress=done)
+        if plan.layers_frozen:
+            params = {**params, MODEL: without_gradient(params[MODEL])}
+        answer = partial(
+            nnx.merge(graph, trained_weights(params)).details,
+            dropout_key=key,
+            remat=plan.remat,
+            progress=done,
+        )
         if turned is None:
             whole: Prediction = answer(*inputs)
             return whole
@@ -91,7 +101,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         inputs = (batch.context, batch.query, batch.context_mask)
         done = state.step / plan.total_steps
-        own = {name: value for name, value in state.params.items() if name != MODEL}
+        models, own = _apart(state.params)
         turned = None
         if plan.rotation:
             turned = random_rotation(jax.random.fold_in(key, _ROTATION), inputs[1].shape[1], plan.rotation)
@@ -112,29 +122,27 @@ def make_train_step(
         if turns == 1:
 
             def whole(params: Any) -> tuple[Array, Metrics]:
-                own = {name: value for name, value in params.items() if name != MODEL}
-                return loss(predict(params[MODEL], inputs, key, turned, done), own)
+                models, own = _apart(params)
+                return loss(predict(models, inputs, key, turned, done), own)
 
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient
 
-        params = state.params[MODEL]
-
         def predict_turn(params: Any, turn: Array) -> Prediction:
             return predict(params, one_turn(inputs, turn, turns), jax.random.fold_in(key, turn), turned, done)
 
-        predicted = jax.lax.map(lambda turn: predict_turn(params, turn), jnp.arange(turns))
+        predicted = jax.lax.map(lambda turn: predict_turn(models, turn), jnp.arange(turns))
         (_, metrics), (slope, own_gradient) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             rejoined(predicted), own
         )
 
         def add(total: Any, turn: Array) -> tuple[Any, None]:
-            _, pull_back = jax.vjp(lambda params: predict_turn(params, turn), params)
+            _, pull_back = jax.vjp(lambda params: predict_turn(params, turn), models)
             return jax.tree.map(jnp.add, total, pull_back(one_turn(slope, turn, turns))[0]), None
 
-        nothing = jax.tree.map(jnp.zeros_like, params)
+        nothing = jax.tree.map(jnp.zeros_like, models)
         gradient, _ = jax.lax.scan(add, nothing, jnp.arange(turns))
-        return metrics, {MODEL: gradient, **own_gradient}
+        return metrics, {**gradient, **own_gradient}
 
     def step(state: TrainState, batch: Batch, corpus: Corpus | None = None) -> tuple[TrainState, Metrics]:
         metrics, gradient = loss_and_gradient(state, batch, corpus)
@@ -154,7 +162,7 @@ def make_train_step(
             step=state.step + 1,
             params=params,
             average=average,
-            smoothed=_smoothed(state, params[MODEL], plan.average_weights),
+            smoothed=_smoothed(state, params, plan.average_weights),
             opt_state=opt_state,
         )
         kept: TrainState = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
@@ -173,10 +181,18 @@ def make_train_step(
     return jax.jit(constrained, donate_argnums=0)
 
 
-def _smoothed(state: TrainState, latest: Any, decay: float) -> Any:
+def _apart(params: Any) -> tuple[Any, Any]:
+    """What a prediction depends on, and what the objective trains beside it."""
+    models = {name: value for name, value in params.items() if name in (MODEL, ADAPTERS)}
+    return models, {name: value for name, value in params.items() if name not in models}
+
+
+def _smoothed(state: TrainState, params: Any, decay: float) -> Any:
     """The average of the weights after this step; it forgets faster at first, when weights are far off."""
     if state.smoothed is None:
         return None
     steps = state.step.astype(jnp.float32)
     now = jnp.minimum(decay, (1 + steps) / (10 + steps))
-    return jax.tree.map(lambda average, weight: ema(average, weight, now), state.smoothed, latest)
+    return jax.tree.map(
+        lambda average, weight: ema(average, weight, now), state.smoothed, trained_weights(params)
+    )

@@ -8,9 +8,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from predictors import N, answers, make, requests, session
+from predictors import LLAMA, N, answers, make, requests, session
 
-from prime_jax.export import torch_runtime
+from prime_jax.export import torch_llama, torch_runtime
 from prime_jax.export.to_onnx import to_onnx
 from prime_jax.export.to_torch import state_dict
 
@@ -19,6 +19,8 @@ CASES = [  # context_attention, residual, max_delta, size
     *product(("full", "prefix", "causal"), ("none", "copy"), (None,), SIZES),
     ("full", "copy", 0.3, SIZES[0]),
     ("causal", "query", 0.3, SIZES[0]),
+    ("full", "copy", None, "llama"),
+    ("causal", "none", None, "llama"),
 ]
 
 
@@ -33,8 +35,10 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    mode, residual, max_delta, (hidden, layers, heads) = request.param
-    shape = {"hidden_dim": hidden, "num_layers": layers, "num_heads": heads}
+    mode, residual, max_delta, size = request.param
+    shape = (
+        LLAMA if size == "llama" else dict(zip(("hidden_dim", "num_layers", "num_heads"), size, strict=True))
+    )
     model = make(context_attention=mode, residual=residual, max_delta=max_delta, **shape)
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
     to_onnx(model, path)
@@ -48,7 +52,9 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 def in_torch(model: object) -> torch_runtime.EmbeddingPredictor:
     fields = torch_runtime.PredictorConfig.__dataclass_fields__
-    config = torch_runtime.PredictorConfig(**{name: getattr(model.config, name) for name in fields})
+    known = model.config.model_dump()
+    config = torch_runtime.PredictorConfig(**{name: known[name] for name in fields})
+    assert torch_llama.BLOCKS is torch_runtime.BLOCKS  # with such layers in it
     module = torch_runtime.EmbeddingPredictor(config)
     module.load_state_dict({name: torch.from_numpy(array) for name, array in state_dict(model).items()})
     return module.eval()

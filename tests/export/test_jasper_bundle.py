@@ -120,7 +120,9 @@ def test_comes_back_in_jax_and_in_torch(kind: str, written: Path) -> None:
     assert loaded.config.kind == kind
     for name, array in answers(loaded, *given).items():
         np.testing.assert_array_equal(array, expected[name])
-    torch_model = golden.module_of(written / "torch_runtime.py").load_bundle(written)
+    torch_model = golden.module_of(
+        (written / "torch_runtime.py").read_text(), "torch_runtime.py"
+    ).load_bundle(written)
     assert not torch_model.training
     got = torch_model.details(*map(torch.from_numpy, given))._asdict()
     for name, array in expected.items():
@@ -204,7 +206,7 @@ def test_a_size_that_is_none_is_named(copied: Path) -> None:
     config["model"]["hidden_dim"] = "wide"
     (copied / "config.json").write_text(json.dumps(config))
     write_manifest(copied, "bundle", onnx={"fp32": "model.onnx"})
-    runtime = golden.module_of(copied / "torch_runtime.py")
+    runtime = golden.module_of((copied / "torch_runtime.py").read_text(), "torch_runtime.py")
     with pytest.raises(runtime.CheckpointError, match=r"config\.json: .*hidden_dim 'wide' is not a whole"):
         runtime.load_bundle(copied)
 

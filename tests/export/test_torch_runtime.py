@@ -50,8 +50,9 @@ def test_bad_inputs_are_named(
     ("fields", "message"),
     [
         ({"num_heads": 3}, "not divisible"),
-        ({"residual": "sum"}, "'sum' is not none, query or copy"),
-        ({"context_attention": "all"}, "'all' is not full, prefix or causal"),
+        ({"block": "mamba"}, "block 'mamba' is none of gelu"),
+        ({"residual": "sum"}, "'sum' is none of none, query, copy"),
+        ({"context_attention": "all"}, "'all' is none of full, prefix, causal"),
     ],
 )
 def test_bad_configs_are_named(fields: dict[str, object], message: str) -> None:

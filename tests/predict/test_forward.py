@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from predictors import D, N, make, requests
+from predictors import LLAMA, D, N, make, requests
 
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.forward import advance, affine, empty_cache, forward
@@ -18,10 +18,14 @@ SHAPES = [
     {"context_attention": mode, "residual": residual, "num_layers": layers}
     for mode, residual, layers in itertools.product(MODES, ("none", "query", "copy"), (1, 3))
 ]
+SHAPES += [
+    {"context_attention": mode, "residual": "copy", "num_layers": layers, **LLAMA}
+    for mode, layers in (("full", 1), ("full", 3), ("prefix", 2), ("causal", 2))
+]
 
 
 def name(fields: dict[str, Any]) -> str:
-    return "-".join(str(value) for value in fields.values())
+    return "-".join(str(value) for value in list(fields.values())[:4])
 
 
 def expected(
