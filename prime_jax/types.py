@@ -5,9 +5,33 @@ dimension, E output dimension, K explicit negatives or subspaces, P positives of
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, Bool, Float, Int
+
+
+class Texts(NamedTuple):
+    """Texts as token ids, padding behind them.
+
+    Attributes:
+        tokens: `[..., T]`; padding is 0.
+        lengths: How many of a text's tokens are real, `[...]`; 0 for no text.
+    """
+
+    tokens: Int[Array, "*a T"]
+    lengths: Int[Array, "*a"]
+
+
+class BatchTexts(NamedTuple):
+    """The texts of a batch, for encoders that are trained: turns and query together, and the passage.
+
+    Attributes:
+        asked: Turns, oldest first, then the query, `[B, N + 1]` texts.
+        passage: The passage to predict, `[B]` texts.
+    """
+
+    asked: Texts
+    passage: Texts
 
 
 class Batch(NamedTuple):
@@ -28,6 +52,7 @@ class Batch(NamedTuple):
             has the one in `target` to find.
         cluster: Cluster of `target`, `[B]`, or None where the data has none (JASPER only).
         steering: Which steering each row has: 0 for zero, then the variants in their order, `[B]`, or None.
+        texts: The texts themselves, where encoders are trained, or None.
     """
 
     context: Float[Array, "*a B N D"]
@@ -42,10 +67,11 @@ class Batch(NamedTuple):
     positives: Float[Array, "*a B P E"] | None = None
     cluster: Int[Array, "*a B"] | None = None
     steering: Int[Array, "*a B"] | None = None
+    texts: BatchTexts | None = None
 
     def map_targets(self, change: Callable[[Array], Array]) -> "Batch":
         """The batch with all that predictions are compared with changed: target, negatives, positives."""
-        changed = {
+        changed: dict[str, Any] = {
             name: change(vectors)
             for name in ("target", "negatives", "positives")
             if (vectors := getattr(self, name)) is not None

@@ -12,6 +12,19 @@ from prime_jax.models.prime import PredictorConfig
 Variant = Literal["centroid", "keyword", "residual", "predicted"]
 
 
+# What reads embeddings made before training, and so does not go with encoders that are trained.
+_ENCODED_ONCE: tuple[tuple[str, object], ...] = (
+    ("micro_batch_size", 0),
+    ("target", "frozen"),
+    ("positives", "one"),
+    ("negatives", "batch"),
+    ("num_negatives", 0),
+    ("context_negatives", False),
+    ("mined_negatives", 0),
+    ("average_weights", 0.0),
+)
+
+
 class TrainingConfig(Frozen):
     """How a predictor is trained (spec section 8, plan section 4)."""
 
@@ -47,10 +60,22 @@ class TrainingConfig(Frozen):
         default="frozen", description="targets as encoded, or through a head that is trained slowly"
     )
     y_encoder_lr_multiplier: float = Field(
-        default=0.05, ge=0, le=1, description="learning rate of the target head, as a share"
+        default=0.05, ge=0, le=1, description="learning rate of target head or Y-encoder, as a share"
     )
     ema_start: float = Field(default=0.996, ge=0, lt=1, description="first decay of target: ema")
     ema_end: float = Field(default=0.999, ge=0, lt=1, description="last decay of target: ema")
+    x_encoder: Literal["frozen", "trained"] = Field(
+        default="frozen", description="encoder of turns and queries: as it is, or trained along"
+    )
+    y_encoder: Literal["frozen", "slow", "ema"] = Field(
+        default="frozen", description="encoder of passages: as it is, trained slowly, or the average of X"
+    )
+    x_encoder_lr_multiplier: float = Field(
+        default=0.1, ge=0, le=1, description="learning rate of a trained X-encoder, as a share"
+    )
+    unfreeze_epochs: float = Field(
+        default=0.0, ge=0, description="epochs in which encoder layers start to move, the top one first"
+    )
     layers_lr_multiplier: float = Field(
         default=1.0, ge=0, le=1, description="learning rate of the transformer layers, as a share; 0: frozen"
     )
@@ -96,6 +121,15 @@ class TrainingConfig(Frozen):
             raise ValueError(
                 f"micro_batch_size {self.micro_batch_size} does not divide batch_size {self.batch_size}"
             )
+        if self.y_encoder == "ema" and self.x_encoder == "frozen":
+            raise ValueError("y_encoder 'ema' averages the X-encoder, so x_encoder must be 'trained'")
+        if self.x_encoder == "trained" or self.y_encoder != "frozen":
+            for name, plain in _ENCODED_ONCE:
+                if getattr(self, name) != plain:
+                    raise ValueError(
+                        f"{name} {getattr(self, name)!r} needs embeddings that stay; with x_encoder or "
+                        f"y_encoder trained it must be {plain!r}"
+                    )
         if self.lora_rank and (self.layers_lr_multiplier, self.layer_decay) != (1.0, 1.0):
             raise ValueError(
                 "lora_rank freezes the layers and trains updates at the full learning rate; leave "
@@ -172,6 +206,8 @@ _STEERED_ONLY = (
     ("train", "positives", "one"),
     ("train", "rotation", 0.0),
     ("train", "layers_lr_multiplier", 1.0),
+    ("train", "x_encoder", "frozen"),
+    ("train", "y_encoder", "frozen"),
     ("train", "layer_decay", 1.0),
     ("train", "lora_rank", 0),
     ("train", "context_negatives", False),
@@ -204,6 +240,11 @@ class Config(Frozen):
                     raise ValueError(
                         f"{section}.{name} is {given!r}, but a {self.model.kind} model needs {only!r}"
                     )
+        trained = self.train.x_encoder == "trained" or self.train.y_encoder != "frozen"
+        if trained and self.data.context_from == "search":
+            raise ValueError(
+                "data.context_from 'search' needs embeddings that stay, but encoders are trained"
+            )
         if self.train.rotation and self.model.input_dim != self.model.output_dim:
             raise ValueError(
                 f"train.rotation turns queries and predictions alike, so model.input_dim "

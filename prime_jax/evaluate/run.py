@@ -14,7 +14,7 @@ from jaxtyping import Int64
 
 from prime_jax.config import DataConfig
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
-from prime_jax.data.encode import Encoder, encode_texts, load_encoder
+from prime_jax.data.encode import Encoder, encode_texts, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
 from prime_jax.errors import ConfigError, DataError
@@ -26,6 +26,7 @@ from prime_jax.evaluate.report import Texts, write_report
 from prime_jax.evaluate.steering import check_not_steered, steer, steering_facts
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
+from prime_jax.predict.text import encoder_of
 from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.indexes import IndexKind, open_index
 from prime_jax.retrieval.topk import Rows
@@ -146,13 +147,14 @@ def open_data(
     if predictor.config is None:
         raise ConfigError(f"{run}: does not say which encoder it was trained with; evaluate a run folder")
     source, info = predictor.config.data, predictor.info()
-    encoder = load_encoder(source.encoder)
+    encoder = encoder_of(predictor)
     if info.get("encoder") != encoder.identity:
         raise DataError(
             f"{run}: was trained on embeddings of {info.get('encoder')}, but data.encoder {source.encoder!r} "
             f"is {encoder.identity}; vectors of different encoders cannot be compared"
         )
-    prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
+    passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
+    prefixes = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
     folder = store or (Path(source.store) if source.store else None)
     dataset, embeddings = prepare(data, splits, encoder, store_folder=folder, **prefixes)
     embedded = embed_dataset(

@@ -97,10 +97,19 @@ def _export(given: Namespace) -> dict[str, Any]:
             confidence=predictor.confidence,
             options=options,
             evidence=gather_evidence(predictor, given.run, data, store=given.store) if data else None,
+            encoder=_encoders_of(predictor),
         )
     if given.triton is not None:
         write_repository(given.out, given.triton)
     return parity
+
+
+def _encoders_of(predictor: Any) -> Path | None:
+    """The folder of the encoders that were trained with a predictor, where there are such."""
+    from prime_jax.pretrained.pair import FOLDER, is_pair
+
+    folder = Path(predictor.info()["source"]) / FOLDER
+    return folder if is_pair(folder) else None
 
 
 def _data_of(predictor: Any) -> Path | None:
@@ -140,6 +149,8 @@ def _print(given: Namespace, parity: dict[str, Any]) -> None:
         found = parity[name]
         figures = f"differs from JAX by {found['max_abs_difference']:.1e} at most" if found["checked"] else ""
         print(f"{name:<20}{figures or 'not checked: ' + found['why']}")
+    for name, difference in parity.get("text", {}).get("max_abs_difference", {}).items():
+        print(f"{name:<22}differs from JAX by {difference:.1e} at most")
     for name, found in parity.get("precisions", {}).items():
         low, high = found["loss_interval"]
         print(

@@ -25,6 +25,7 @@ from prime_jax.export.model_card import model_card
 from prime_jax.export.optional import need
 from prime_jax.export.quantize import Precision, file_of, quantize
 from prime_jax.export.signing import sign
+from prime_jax.export.text import write_encoders
 from prime_jax.export.to_onnx import OPSET, to_onnx
 from prime_jax.export.to_torch import load_state_dict, state_dict
 from prime_jax.files import atomic_folder, read_json, sha256, write_json, write_text
@@ -33,6 +34,7 @@ from prime_jax.models import AnyConfig, Model
 from prime_jax.models.bundle import KIND, TARGET_HEAD
 from prime_jax.models.confidence import Confidence, write_confidence
 from prime_jax.models.layers import LLAMA_ONLY
+from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.predictor import Predictor
 
 INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k", "steering")
@@ -76,6 +78,7 @@ def write_bundle(
     confidence: Confidence | None = None,
     options: Options | None = None,
     evidence: Evidence | None = None,
+    encoder: Path | None = None,
 ) -> dict[str, Any]:
     """Write a bundle, after the exported files gave JAX's numbers on golden inputs.
 
@@ -93,6 +96,7 @@ def write_bundle(
         confidence: How far its predictions can be trusted (`Predictor.confidence`).
         options: What else it holds.
         evidence: Validation data to judge lower precisions on, and the result of the leak check.
+        encoder: Folder of the encoders that were trained with the model, to be carried along.
 
     Returns:
         What parity.json holds.
@@ -134,6 +138,9 @@ def write_bundle(
         proof = {"model_version": options.model_version, "weights_sha256": sha256(part / "model.safetensors")}
         proof |= {name: known[name] for name in ("data_hash", "encoder") if name in known}
         to_onnx(model, part / "model.onnx", opset=options.opset, facts=proof)
+        texts = None
+        if encoder is not None and isinstance(model, EmbeddingPredictor):
+            texts = write_encoders(model, encoder, part, options.opset)
         told = {
             "prime_jax": __version__,
             "model_version": options.model_version,
@@ -145,6 +152,8 @@ def write_bundle(
         lower = {name: _lower(part, golden, name, options, evidence) for name in options.precisions[1:]}
         if lower:
             parity["precisions"] = lower
+        if texts is not None:
+            parity["text"] = texts
         if evidence is not None:
             parity["leak_check"] = evidence.leak
         write_json(part / "parity.json", parity)

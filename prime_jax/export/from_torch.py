@@ -5,6 +5,7 @@ safetensors file, a bundle, or a dictionary of tensors. Nothing in a file is exe
 """
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -64,9 +65,9 @@ def _read(path: Path) -> tuple[dict[str, Any], Mapping[str, Any] | None]:
     if path.suffix not in (".pt", ".pth"):
         raise CheckpointError(f"{path}: expected a .pt, .pth or .safetensors file, or a bundle folder")
     need("torch", "torch")
-    from prime_jax.export import torch_llama, torch_runtime
+    from prime_jax.export import torch_runtime
 
-    assert "llama" in torch_llama.BLOCKS  # importing it made such layers known
+    import_module("prime_jax.export.torch_llama")  # makes such layers known
     try:
         saved = torch_runtime.read_pt(path)
         if "state_dict" not in saved:

@@ -44,10 +44,20 @@ def to_onnx(
     check_centroids(model)
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
-    ir, onnx = need("onnx_ir", "onnx"), need("onnx", "onnx")
+    need("onnx_ir", "onnx")
     graph = _traced(model, opset)
     tidy(graph)
     _describe(graph, model, facts or {})
+    save_graph(graph, path)
+
+
+def save_graph(graph: Any, path: Path) -> None:
+    """Write an `onnx_ir.Model` to `path`, complete and accepted by onnx's checker; large weights beside it.
+
+    Raises:
+        ExportError: If it is not valid ONNX, or a package is missing.
+    """
+    ir, onnx = need("onnx_ir", "onnx"), need("onnx", "onnx")
     size = sum(value.const_value.nbytes for value in graph.graph.initializers.values())
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:

@@ -51,26 +51,27 @@ class LlamaAttention(nn.Module):
         shared = self.heads // self.kv_heads
         keys, values = (part.repeat_interleave(shared, dim=1) for part in (keys, values))
         rate = self.config.dropout if self.training else 0.0
-        mixed = functional.scaled_dot_product_attention(
+        mixed: Tensor = functional.scaled_dot_product_attention(
             queries, keys, values, attn_mask=~blocked[:, None, :rows], dropout_p=rate
         )
         answer: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
         return answer
 
     def _heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
 
     def _frequencies(self, device: torch.device) -> Tensor:
         """Radians per position of each pair of dimensions, `[head_dim / 2]`, long waves stretched."""
         exponents = torch.arange(0, self.head_dim, 2, dtype=torch.float64, device=device) / self.head_dim
-        plain = self.config.rope_theta**-exponents
+        plain: Tensor = self.config.rope_theta**-exponents
         scaling = self.config.rope_scaling
         if scaling is None:
             return plain
         low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
         waves = scaling["original_max_position_embeddings"] * plain / (2 * math.pi)
         kept = ((waves - low) / (high - low)).clamp(0.0, 1.0)
-        return kept * plain + (1 - kept) * plain / scaling["factor"]
+        stretched: Tensor = kept * plain + (1 - kept) * plain / scaling["factor"]
+        return stretched
 
 
 class LlamaMLP(nn.Module):

@@ -81,6 +81,7 @@ def verify(
         raise ExportError(f"{folder}: is a {kind}; golden requests are in bundles only")
     if onnx:
         yield from _onnx(folder, manifest)
+        yield from _text(folder)
     if torch:
         ours = _our_runtime(folder)
         if (folder / RUNTIME).read_bytes() != ours.encode() and public_key is None:
@@ -127,6 +128,19 @@ def _onnx(bundle: Path, manifest: dict[str, Any]) -> Iterator[str]:
                 "was written"
             )
         yield f"{file}: smallest cosine to the golden answers {cosine:.6f} ({expected:.6f} where written)"
+
+
+def _text(bundle: Path) -> Iterator[str]:
+    from prime_jax.export.text import TEXT, check_text
+
+    difference = _run(bundle / TEXT, partial(check_text, bundle))
+    if difference is None:
+        return
+    if not difference <= ROOM:
+        raise CheckpointError(
+            f"{bundle / TEXT}: onnxruntime differs from the golden answers by {difference:.1e} here"
+        )
+    yield f"{TEXT}: golden texts in onnxruntime, largest difference {difference:.1e}"
 
 
 def _exact(bundle: Path, runtime: str, file: str | None, *, source: str | None = None) -> str:

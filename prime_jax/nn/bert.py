@@ -1,7 +1,8 @@
 """BERT as a text encoder (Devlin et al. 2018): token ids in, one embedding per text out.
 
-The family covers MiniLM, BGE, E5 and every other sentence encoder with `model_type: bert`. Inference only:
-there is no dropout. Norms, softmax and GELU stay float32 whatever the compute dtype.
+The family covers MiniLM, BGE, E5 and every other sentence encoder with `model_type: bert`, and RoBERTa and
+XLM-R (multilingual E5, BGE-M3), which count positions from another start. There is no
+dropout, in training neither. Norms, softmax and GELU stay float32 whatever the compute dtype.
 """
 
 from typing import Any, Literal
@@ -17,6 +18,7 @@ from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.attention import MASKED
 from prime_jax.nn.linear import Linear, product, unit
+from prime_jax.nn.remat import Remat, rematerialised
 
 Pooling = Literal["mean", "cls"]
 
@@ -29,7 +31,7 @@ class BertConfig(Frozen):
 
     model_config = pydantic.ConfigDict(extra="ignore")
 
-    model_type: Literal["bert"]
+    model_type: Literal["bert", "roberta", "xlm-roberta"]
     vocab_size: int = pydantic.Field(gt=0)
     hidden_size: int = pydantic.Field(gt=0)
     num_hidden_layers: int = pydantic.Field(gt=0)
@@ -41,6 +43,7 @@ class BertConfig(Frozen):
     hidden_act: Literal["gelu"]
     position_embedding_type: Literal["absolute"] = "absolute"
     is_decoder: Literal[False] = False
+    pad_token_id: int = pydantic.Field(default=0, ge=0)
 
     @pydantic.model_validator(mode="after")
     def _heads_divide_width(self) -> "BertConfig":
@@ -50,6 +53,16 @@ class BertConfig(Frozen):
                 f"num_attention_heads {self.num_attention_heads}"
             )
         return self
+
+    @property
+    def first_position(self) -> int:
+        """Row of the position table that the first token takes; RoBERTa leaves those up to padding unused."""
+        return 0 if self.model_type == "bert" else self.pad_token_id + 1
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text."""
+        return self.max_position_embeddings - self.first_position
 
     @classmethod
     def parse(cls, fields: Any, source: str) -> "BertConfig":
@@ -126,24 +139,42 @@ class BertModel(nnx.Module):
         self.positions = nnx.Embed(config.max_position_embeddings, hidden, rngs=rngs)
         self.types = nnx.Embed(config.type_vocab_size, hidden, rngs=rngs)
         self.norm = _layer_norm(config, rngs)
+        self.first_position = config.first_position
         self.layers = nnx.List(
             [BertLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
         )
 
-    def __call__(self, tokens: Int[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B S H"]:
         """Contextual embeddings of every token.
 
         Args:
-            tokens: Token ids, `[B, S]` with S at most `max_position_embeddings`; padding holds any valid id.
+            tokens: Token ids, `[B, S]` with S at most `config.longest`; padding holds any valid id.
             mask: True where a token is real, `[B, S]`.
+            positions: Of the tokens; None counts them from 0.
+            remat: What the backward pass recomputes instead of keeping it.
 
         Returns:
             float32 `[B, S, H]`; padded positions hold numbers without meaning.
         """
-        positions = self.positions.embedding[...][: tokens.shape[1]]
-        x: Array = self.norm(self.words(tokens) + positions + self.types.embedding[...][0])
+        table = self.positions.embedding[...]
+        first = self.first_position
+        at = table[first : first + tokens.shape[1]] if positions is None else table[first + positions]
+        x: Array = self.norm(self.words(tokens) + at + self.types.embedding[...][0])
         for layer in self.layers:
-            x = layer(x, mask)
+            graph, params = nnx.split(layer)
+
+            def block(params: Any, x: Array, graph: Any = graph) -> Array:
+                answer: Array = nnx.merge(graph, params)(x, mask)
+                return answer
+
+            x = rematerialised(block, remat)(params, x)
         return x
 
 

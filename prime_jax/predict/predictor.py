@@ -19,6 +19,7 @@ from numpy.typing import ArrayLike
 
 from prime_jax._version import __version__
 from prime_jax.config import Config
+from prime_jax.data.encode import Encoder
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.models import Model
 from prime_jax.models.bundle import is_bundle, load_bundle
@@ -34,6 +35,7 @@ from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_
 from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms
+from prime_jax.predict.text import Contexts, Queries, TextPaths
 from prime_jax.predict.weights import DType
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints
@@ -130,6 +132,7 @@ class Predictor:
         self._choices: dict[int, Choice] = {}
         self._session_programs: dict[tuple[int, Recipe], SessionPrograms] = {}
         self._warmup_seconds: float | None = None
+        self._texts = TextPaths(self)
         self._preparing = threading.RLock()
         if model.config.use_torch_compile:
             self.warmup()
@@ -171,6 +174,10 @@ class Predictor:
         rows = np.concatenate(parts) if parts else np.zeros((0, self.model.config.output_dim), np.float32)
         answer: Vectors = rows[0] if single else rows
         return answer
+
+    def predict_text(self, context: Contexts, query: Queries, *, encoder: Encoder | None = None) -> Vectors:
+        """Predict from texts, encoder and predictor in one program (`TextPaths` says more)."""
+        return self._texts(context, query, encoder)
 
     def steer(self, question: ArrayLike, steering: ArrayLike | None = None) -> Vectors:
         """Predict with a steered model, by the names that its users know.

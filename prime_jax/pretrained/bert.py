@@ -1,9 +1,10 @@
-"""Pretrained BERT sentence encoders from a local Hugging Face or sentence-transformers folder, without torch.
+"""Pretrained BERT and XLM-R encoders from a local Hugging Face or sentence-transformers folder; no torch.
 
 The folder holds `config.json`, `tokenizer.json` and `model.safetensors` (or shards listed in
 `model.safetensors.index.json`). A sentence-transformers folder also says how to pool and where to cut texts.
 """
 
+import copy
 import hashlib
 import logging
 import re
@@ -22,6 +23,7 @@ from prime_jax import files
 from prime_jax.errors import DataError
 from prime_jax.nn.bert import BertConfig, BertModel, Pooling, pool
 from prime_jax.nn.linear import Linear
+from prime_jax.nn.remat import Remat
 from prime_jax.pretrained.sentence_folder import SentenceFolder
 from prime_jax.pretrained.weights import Weights, weight_files
 
@@ -53,11 +55,14 @@ class BertTextEncoder:
             None reads it from the folder, as sentence-transformers does.
         dtype: Compute dtype of the products. bfloat16 is faster and changes embeddings in the third digit.
         name: How the encoder is called in its identity; None takes the folder's name.
+        batch_size: Texts that run together; None means about as many tokens as are fastest on the device.
 
     Attributes:
         identity: Name, pooling, maximum length and a hash over everything that decides the embeddings.
         dim: Width of an embedding.
         truncated: How many of the texts encoded so far were cut at `max_length`.
+        source: The folder, as read.
+        graph: Structure of the model; its parameters are in `params`.
 
     Raises:
         DataError: If a file or tensor is missing, damaged or not supported; the message names it.
@@ -72,22 +77,47 @@ class BertTextEncoder:
         *,
         dtype: DTypeLike = jnp.float32,
         name: str | None = None,
+        batch_size: int | None = None,
     ):
-        source = SentenceFolder.read(Path(folder))
+        source = self.source = SentenceFolder.read(Path(folder))
         config = read_config(source.transformer)
         self.pooling = source.choose_pooling(pooling)
-        self.max_length = source.choose_length(max_length, config.max_position_embeddings)
+        self.max_length = source.choose_length(max_length, config.longest)
         self.dim = config.hidden_size
         self.truncated = 0
+        self._batch_size = batch_size
         self._lower_case = source.lower_case
         self._tokenizer = source.tokenizer(config.vocab_size, self.max_length)
-        self._embed, self._weights = _embedder(load_bert(source.transformer, dtype), self.pooling)
+        self.graph, self._weights = nnx.split(load_bert(source.transformer, dtype))
+        self._embed = _embedder(self.graph, self.pooling)
         settings = (self.pooling, self.max_length, self._lower_case, jnp.dtype(dtype).name)
         digest = hashlib.sha256(f"{config.model_dump_json()} {settings}".encode())
         for file in (source.transformer / "tokenizer.json", *weight_files(source.transformer)):
             digest.update(files.sha256(file).encode())
         name = name or Path(folder).resolve().name
         self.identity = f"{name}-{self.pooling}-{self.max_length}-{digest.hexdigest()[:8]}"
+
+    @property
+    def params(self) -> Any:
+        """The model's parameters as nested dicts of arrays."""
+        return nnx.to_pure_dict(self._weights)
+
+    def structure(self, dtype: DTypeLike) -> Any:
+        """The model's structure with products in another dtype; `nnx.merge` with `params` gives the model."""
+        config = read_config(self.source.transformer)
+        return nnx.split(nnx.eval_shape(lambda: BertModel(config, dtype=dtype, rngs=nnx.Rngs(0))))[0]
+
+    def with_params(self, params: Any, identity: str) -> "BertTextEncoder":
+        """The same encoder with other parameters of the same shapes, by the programs compiled already.
+
+        Args:
+            params: As `params` gives them.
+            identity: Names its embeddings.
+        """
+        other = copy.copy(self)
+        other._weights = nnx.state(nnx.merge(self.graph, params))
+        other.identity = identity
+        return other
 
     def encode(self, texts: Sequence[str]) -> Float[np.ndarray, "n dim"]:
         """Embed texts.
@@ -102,7 +132,7 @@ class BertTextEncoder:
             DataError: If an entry is not a string.
         """
         check_texts(texts)
-        tokens = self._tokenize(texts)
+        tokens = self.tokenize(texts)
         embeddings = np.empty((len(texts), self.dim), np.float32)
         running = []
         for chosen, length, rows in self._batches([len(row) for row in tokens], alone=len(texts) == 1):
@@ -116,7 +146,8 @@ class BertTextEncoder:
             embeddings[chosen] = np.asarray(result)[: len(chosen)]
         return embeddings
 
-    def _tokenize(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
+    def tokenize(self, texts: Sequence[str]) -> list[Int[np.ndarray, " tokens"]]:
+        """Token ids of each text, [CLS] and [SEP] included, cut at `max_length`."""
         tokens, cut = [], 0
         for start in range(0, len(texts), TOKENIZED_AT_ONCE):
             block = list(texts[start : start + TOKENIZED_AT_ONCE])
@@ -147,7 +178,7 @@ class BertTextEncoder:
         while start < len(order):
             longest = lengths[order[start]]
             length = next(bucket for bucket in buckets if bucket >= longest)
-            rows = 1 if alone else max(1, budget // length)
+            rows = 1 if alone else self._batch_size or max(1, budget // length)
             yield order[start : start + rows], length, rows
             start += rows
 
@@ -174,7 +205,7 @@ def read_config(folder: Path) -> BertConfig:
 def load_bert(folder: Path, dtype: DTypeLike = jnp.float32) -> BertModel:
     """Read config.json and the weights of a folder into a `BertModel`.
 
-    Tensor names may start with `bert.`, may leave out `encoder.`, and norms may use the old names gamma and
+    Tensor names may start with `bert.` or `roberta.`, and leave out `encoder.`; norms may be named gamma and
     beta. Tensors of heads on top (pooler, language model, classifier) are no part of an encoder and not read.
 
     Raises:
@@ -223,20 +254,28 @@ def load_bert(folder: Path, dtype: DTypeLike = jnp.float32) -> BertModel:
 
 def _plain_name(stored: str) -> str:
     """One spelling for every variant of a tensor name in use."""
-    name = stored.removeprefix("bert.").removeprefix("encoder.")
+    name = stored.removeprefix("bert.").removeprefix("roberta.").removeprefix("encoder.")
     return re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: _NORM_NAMES[old[0]], name)
 
 
-def _embedder(
-    model: BertModel, pooling: Pooling
-) -> tuple[Callable[[_State, ArrayLike, ArrayLike], Array], _State]:
-    """The jitted program (compiled once per batch shape) and the weights it takes."""
-    graph, weights = nnx.split(model)
+def _embedder(graph: Any, pooling: Pooling) -> Callable[[_State, ArrayLike, ArrayLike], Array]:
+    """The jitted program, compiled once per batch shape; it takes the weights."""
 
     @jax.jit
     def embed(weights: _State, tokens: Int[Array, "B S"], lengths: Int[Array, " B"]) -> Float[Array, "B H"]:
-        mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
-        with jax.default_matmul_precision("float32"):  # GPUs would round float32 products to TF32
-            return pool(nnx.merge(graph, weights)(tokens, mask), mask, pooling)
+        return embedded(nnx.merge(graph, weights), tokens, lengths, pooling)
 
-    return embed, weights
+    return embed
+
+
+def embedded(
+    model: BertModel,
+    tokens: Int[Array, "B S"],
+    lengths: Int[Array, " B"],
+    pooling: Pooling,
+    remat: Remat = "none",
+) -> Float[Array, "B H"]:
+    """Unit-norm embeddings of token ids of which the first `lengths` are real."""
+    mask = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    with jax.default_matmul_precision("float32"):  # GPUs would round float32 products to TF32
+        return pool(model(tokens, mask, remat=remat), mask, pooling)

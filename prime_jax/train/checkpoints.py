@@ -30,6 +30,7 @@ from prime_jax.models import Model
 from prime_jax.models.confidence import Confidence, write_confidence
 from prime_jax.models.subspace import CENTROIDS
 from prime_jax.nn.target_head import initial_head
+from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.train.collective import barrier, is_main
 from prime_jax.train.state import MODEL, TrainState, pure_params
 
@@ -134,6 +135,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         negatives: Table | None = None,
         confidence: Confidence | None = None,
+        encoder: Path | None = None,
     ) -> None:
         """Start writing a checkpoint; when it is complete, all but the newest and the best are dropped.
 
@@ -143,6 +145,7 @@ class Checkpoints:
             facts: For the manifest; must hold `metrics`.
             negatives: The mined negatives in use, `[n, K]`.
             confidence: How far its predictions can be trusted.
+            encoder: Folder of the encoders that were trained along; it must stay until this is complete.
 
         Raises:
             CheckpointError: If this one or the one before cannot be written.
@@ -162,7 +165,9 @@ class Checkpoints:
             self._opened().save(step, args=ocp.args.Composite(**saved), force=True)
         except Exception as failed:  # Orbax and TensorStore raise many kinds
             raise _unwritten(folder, failed) from failed
-        self._writing = self._finisher.submit(self._finish, folder, config, dict(facts), step, confidence)
+        self._writing = self._finisher.submit(
+            self._finish, folder, config, dict(facts), step, confidence, encoder
+        )
 
     def wait(self) -> None:
         """Return when the checkpoint in the making is complete.
@@ -188,7 +193,13 @@ class Checkpoints:
         return self._manager
 
     def _finish(
-        self, folder: Path, config: Config, facts: dict[str, Any], step: int, confidence: Confidence | None
+        self,
+        folder: Path,
+        config: Config,
+        facts: dict[str, Any],
+        step: int,
+        confidence: Confidence | None,
+        encoder: Path | None,
     ) -> None:
         """Wait for the arrays, vouch for them, drop what is no longer needed."""
         try:
@@ -198,6 +209,8 @@ class Checkpoints:
             write_text(folder / CONFIG, to_yaml(config))
             if confidence is not None:
                 write_confidence(folder, confidence)
+            if encoder is not None:
+                shutil.copytree(encoder, folder / ENCODER)
             write_manifest(folder, KIND, step=step, **facts)
             keep = {kept.step for kept in (latest(self._run), best(self._run)) if kept}
             for old in list_checkpoints(self._run):

@@ -1,5 +1,6 @@
 """The training loop: all effects of a run, in one order."""
 
+import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -88,8 +89,8 @@ class _Run:
     """One run in progress: its program, its data, its files."""
 
     def __init__(self, config: Config, out: Path, prepared: setup.Prepared):
-        settings, (data, facts, steering) = config.train, prepared
-        self.config, self.out, self.data, self.facts = config, out, data, facts
+        settings, (data, facts, steering, texts) = config.train, prepared
+        self.config, self.out, self.data, self.facts, self.texts = config, out, data, facts, texts
         batch_size, positives = settings.batch_size, settings.positives
         self.epoch_steps = steps_per_epoch(data, "train", batch_size=batch_size, positives=positives)
         self.total_steps = self.epoch_steps * settings.num_epochs
@@ -106,9 +107,15 @@ class _Run:
             num_negatives=settings.num_negatives,
             positives=positives,
             steering=None if steering is None else setup.steered_rows(config, data, steering),
+            tokens=None if texts is None else texts.tokens,
         )
         self.program = TrainingProgram(
-            config, data, self.total_steps, epoch_steps=self.epoch_steps, steering=steering
+            config,
+            data,
+            self.total_steps,
+            epoch_steps=self.epoch_steps,
+            steering=steering,
+            encoder=None if texts is None else texts.encoder,
         )
         self.state = self.program.initial_state(setup.starting_weights(config))
         graph, mesh = build_graph(config.model, jnp.float32), self.program.mesh
@@ -129,6 +136,8 @@ class _Run:
             )
         for fact in ("data_hash", "encoder", "steering_hash"):
             before, now = checkpoint.facts.get(fact), self.facts.get(fact)
+            if fact == "encoder":  # that of the start, where it was trained
+                before = checkpoint.facts.get("encoder_start", before)
             if before != now:
                 raise CheckpointError(
                     f"{checkpoint.folder}: was trained with {fact} {before!r}, now it is {now!r}; resuming "
@@ -251,7 +260,10 @@ class _Run:
         )
 
     def _validate(self, step: int) -> Validated:
-        found = self.validate(self.state)
+        validate = self.validate
+        if self.texts is not None:
+            validate = validate.over(self.texts.embedded(self.state))
+        found = validate(self.state)
         scores = found.scores
         if not scores:  # another process has them
             return found
@@ -274,7 +286,14 @@ class _Run:
     def _save(self, step: int, found: Validated) -> None:
         facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
         facts["select_by"] = self.config.train.select_by
-        self.saver.save(self.state, self.config, facts, self.mined, found.confidence)
+        with ExitStack() as written:
+            encoder = None
+            if self.texts is not None:
+                encoder = Path(written.enter_context(tempfile.TemporaryDirectory(dir=self.out))) / "encoder"
+                facts["encoder"] = self.texts.write(self.state, encoder).identity
+            self.saver.save(self.state, self.config, facts, self.mined, found.confidence, encoder)
+            if encoder is not None:
+                self.saver.wait()
         if is_main():
             self.history.write_csv()
             plot_curves(self.history, self.validate.plain_query, self.out / "curves.png")

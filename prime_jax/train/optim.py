@@ -1,5 +1,6 @@
 """AdamW with linear warm-up and cosine decay, per optimizer update."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ from prime_jax.config import TrainingConfig
 from prime_jax.losses.objective import TARGET_HEAD
 from prime_jax.models.subspace import CENTROIDS
 from prime_jax.train.adapters import LAYERS
+from prime_jax.train.encoders import X, Y
 from prime_jax.train.state import MODEL
 
 
@@ -40,8 +42,8 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
         return jax.tree_util.tree_map_with_path(lambda at, leaf: leaf.ndim > 1 and not _frozen(at), params)
 
     adamw = optax.adamw(learning_rate(config, updates), weight_decay=config.weight_decay, mask=matrices)
-    if layers_frozen(config):  # no moments are kept of what does not move
-        adamw = optax.masked(adamw, _but_the_layers)
+    if layers_frozen(config) or config.y_encoder == "ema":  # no moments are kept of what gets no gradient
+        adamw = optax.masked(adamw, partial(_moved, layers_frozen(config), config.y_encoder == "ema"))
     clip = (
         optax.clip_by_global_norm(config.gradient_clip_val) if config.gradient_clip_val else optax.identity()
     )
@@ -49,6 +51,8 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
         clip,
         adamw,
         _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier),
+        _slowed(X, config.x_encoder_lr_multiplier),
+        _slowed(Y, 0.0 if config.y_encoder == "ema" else config.y_encoder_lr_multiplier),
         _slowed_layers(0.0 if layers_frozen(config) else config.layers_lr_multiplier, config.layer_decay),
     )
     if config.accumulate_grad_batches == 1:
@@ -61,10 +65,12 @@ def layers_frozen(config: TrainingConfig) -> bool:
     return config.layers_lr_multiplier == 0 or config.lora_rank > 0
 
 
-def _but_the_layers(params: Any) -> Any:
-    """True for every parameter outside the model's transformer layers."""
+def _moved(without_layers: bool, without_y: bool, params: Any) -> Any:
+    """True for every parameter that gradients move: not frozen layers, nor a Y-encoder that is an average."""
     kept = jax.tree.map(lambda _: True, params)
-    if LAYERS in kept.get(MODEL, {}):
+    if Y in kept:
+        kept[Y] = jax.tree.map(lambda _: not without_y, kept[Y])
+    if without_layers and LAYERS in kept.get(MODEL, {}):
         kept[MODEL][LAYERS] = jax.tree.map(lambda _: False, kept[MODEL][LAYERS])
     return kept
 

@@ -16,9 +16,11 @@ from prime_jax.losses.objective import Objective
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.subspace import CENTROIDS, SubspaceConfig
 from prime_jax.nn.remat import Remat
+from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.llama import Place, pretrained_layers
 from prime_jax.train import memory
 from prime_jax.train.collective import say
+from prime_jax.train.encoders import encoder_plan, initial_encoders
 from prime_jax.train.optim import layers_frozen, make_optimizer
 from prime_jax.train.sharding import make_mesh, split_batch, spread_out, state_shardings
 from prime_jax.train.state import MODEL, TrainState, build_graph, init_state
@@ -71,6 +73,7 @@ class TrainingProgram:
         *,
         epoch_steps: int = 1,
         steering: Steering | None = None,
+        encoder: BertTextEncoder | None = None,
     ):
         settings = config.train
         self._config = config
@@ -80,6 +83,7 @@ class TrainingProgram:
         self._centroids = (
             steering.centroids if isinstance(config.model, SubspaceConfig) and steering else None
         )
+        self._encoder = encoder
         plan = StepPlan(
             total_steps=total_steps,
             epoch_steps=epoch_steps,
@@ -89,13 +93,14 @@ class TrainingProgram:
             rotation=settings.rotation,
             average_weights=settings.average_weights,
             layers_frozen=layers_frozen(settings),
+            encoders=None if encoder is None else encoder_plan(encoder, settings),
         )
         graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
         self._corpus: Corpus | None = None
         if settings.negatives == "corpus":
             self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh)
-        self._compiled: Any = None
+        self._compiled: dict[tuple[int, ...], Any] = {}  # by the length of the texts, where there are any
 
     def initial_state(self, weights: Any | None = None) -> TrainState:
         """A fresh state, made where it will live: no device ever holds what it does not keep.
@@ -105,7 +110,9 @@ class TrainingProgram:
         """
         settings = self._config.train
 
-        def start() -> TrainState:
+        encoders = {} if self._encoder is None else initial_encoders(self._encoder, settings)
+
+        def start(encoders: Any) -> TrainState:
             return init_state(
                 self._config.model,
                 self._optimizer,
@@ -113,10 +120,11 @@ class TrainingProgram:
                 self._objective,
                 averaging=settings.average_weights > 0,
                 lora_rank=settings.lora_rank,
+                encoders=encoders,
             )
 
-        shardings = state_shardings(self.mesh, jax.eval_shape(start))
-        state: TrainState = jax.jit(start, out_shardings=shardings)()
+        shardings = state_shardings(self.mesh, jax.eval_shape(start, encoders))
+        state: TrainState = jax.jit(start, out_shardings=shardings)(encoders)
         model = self._config.model
         if isinstance(model, PredictorConfig) and model.init_from is not None:
             for place, tensor in pretrained_layers(model):
@@ -147,9 +155,10 @@ class TrainingProgram:
             ConfigError: At the first call, if the memory of a device will not suffice.
         """
         placed = split_batch(batch, self.mesh)
-        if self._compiled is None:
-            self._compiled = self._compile(state, placed)
-        answer: tuple[TrainState, Metrics] = self._compiled(state, placed, self._corpus)
+        shape = () if batch.texts is None else batch.texts.asked.tokens.shape
+        if shape not in self._compiled:
+            self._compiled[shape] = self._compile(state, placed)
+        answer: tuple[TrainState, Metrics] = self._compiled[shape](state, placed, self._corpus)
         return answer
 
     def _compile(self, state: TrainState, batch: Batch) -> Any:

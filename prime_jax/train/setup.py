@@ -13,7 +13,7 @@ from prime_jax._version import __version__
 from prime_jax.config import Config, SteeringConfig, load_stored_config
 from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
-from prime_jax.data.encode import load_encoder
+from prime_jax.data.encode import load_encoder, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import CheckpointError, ConfigError
@@ -22,7 +22,9 @@ from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.subspace import SubspaceConfig
 from prime_jax.train import checkpoints
 from prime_jax.train.collective import in_turn, say
+from prime_jax.train.encoders import encoders_trained, trainable
 from prime_jax.train.optim import warmup_steps
+from prime_jax.train.reencoding import TrainedTexts
 from prime_jax.train.state import pure_params
 
 Facts = dict[str, Any]
@@ -64,11 +66,13 @@ class Prepared(NamedTuple):
         data: Texts as embeddings; of a steered model, with the steering that judges it on dev as turns.
         facts: What a checkpoint must remember of them.
         steering: Of a steered model, otherwise None.
+        texts: Where encoders are trained, otherwise None.
     """
 
     data: EmbeddedDataset
     facts: Facts
     steering: Steering | None
+    texts: TrainedTexts | None = None
 
 
 def prepared(config: Config) -> Prepared:
@@ -82,6 +86,7 @@ def prepared(config: Config) -> Prepared:
     if source.path is None:
         raise ConfigError("data.path is not set: name a data folder, for instance with --data.path DIR")
     encoder = load_encoder(source.encoder)
+    passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
     for name in ("input_dim", "output_dim"):
         if getattr(config.model, name) != encoder.dim:
             raise ConfigError(
@@ -95,14 +100,14 @@ def prepared(config: Config) -> Prepared:
             encoder,
             store_folder=Path(source.store) if source.store else None,
             query_prefix=source.query_prefix,
-            passage_prefix=source.passage_prefix,
+            passage_prefix=passage_prefix,
         )
     data = embed_dataset(
         dataset,
         store,
         max_context_length=config.model.max_context_length,
         query_prefix=source.query_prefix,
-        passage_prefix=source.passage_prefix,
+        passage_prefix=passage_prefix,
         context_from=source.context_from,
         first_pass_k=source.first_pass_k,
     )
@@ -111,6 +116,10 @@ def prepared(config: Config) -> Prepared:
         "data_hash": data.data_hash,
         "versions": {"prime_jax": __version__, **{name: version(name) for name in ("jax", "flax", "optax")}},
     }
+    if encoders_trained(config.train):
+        start = trainable(encoder, config)
+        facts["encoder_start"] = encoder.identity
+        return Prepared(data, facts, None, TrainedTexts(config, dataset, start, store))
     if not config.steered:
         return Prepared(data, facts, None)
     steering = open_steering(
@@ -186,9 +195,11 @@ def warn_of_shortened_warmup(config: Config, updates: int) -> None:
 def warn_of_unused(config: Config) -> None:
     """Say so when a setting was changed that the others leave without effect."""
     train = config.train
-    averaging = train.target == "ema" or (config.steered and config.jasper.ema)
+    averaging = "ema" in (train.target, train.y_encoder) or (config.steered and config.jasper.ema)
     unused = {
-        "y_encoder_lr_multiplier": train.target == "frozen",
+        "y_encoder_lr_multiplier": train.target == "frozen" and train.y_encoder != "slow",
+        "x_encoder_lr_multiplier": train.x_encoder == "frozen",
+        "unfreeze_epochs": not encoders_trained(train),
         "ema_start": not averaging,
         "ema_end": not averaging,
         "temperature_end": train.temperature_schedule != "annealed",

@@ -1,5 +1,6 @@
 """The one immutable state of a run, and how it starts."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +87,19 @@ def init_state(
     *,
     averaging: bool = False,
     lora_rank: int = 0,
+    encoders: Mapping[str, Any] | None = None,
 ) -> TrainState:
     """Fresh weights and optimizer state, both from `seed`.
 
-    `averaging` starts the average of the weights; a `lora_rank` puts adapters beside the layers.
+    `averaging` starts the average of the weights; a `lora_rank` puts adapters beside the layers;
+    `encoders` are trained along from the parameters given.
     """
     objective = objective or Objective()
     key = jax.random.key(seed)
     params = {
         MODEL: pure_params(config.build(rngs=nnx.Rngs(seed))),
         **objective.initial(jax.random.fold_in(key, 1), config.output_dim),
+        **(encoders or {}),
     }
     if lora_rank:
         params[ADAPTERS] = initial_adapters(jax.random.fold_in(key, 2), params[MODEL], lora_rank)

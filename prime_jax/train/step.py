@@ -21,6 +21,7 @@ from prime_jax.losses.corpus import Corpus
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
 from prime_jax.train.adapters import without_gradient
+from prime_jax.train.encoders import ENCODERS, EncoderPlan
 from prime_jax.train.rotation import random_rotation
 from prime_jax.train.sharding import replicated, state_shardings
 from prime_jax.train.state import ADAPTERS, MODEL, Graph, TrainState, trained_weights
@@ -45,6 +46,7 @@ class StepPlan:
         average_weights: Decay of the moving average of the weights, where the state has one.
         epoch_steps: Length of an epoch, for what moves with epochs.
         layers_frozen: Whether the transformer layers get no gradient.
+        encoders: How texts are embedded, where encoders are trained.
     """
 
     total_steps: int = 1
@@ -55,6 +57,7 @@ class StepPlan:
     average_weights: float = 0.0
     epoch_steps: int = 1
     layers_frozen: bool = False
+    encoders: EncoderPlan | None = None
 
 
 def make_train_step(
@@ -80,8 +83,7 @@ def make_train_step(
     """
 
     def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None, done: Array) -> Prediction:
-        if mesh is not None:  # weights come together where they are used, gradients go back to their shares
-            params = jax.lax.with_sharding_constraint(params, replicated(mesh))
+        params = _whole(params, mesh)
         if plan.layers_frozen:
             params = {**params, MODEL: without_gradient(params[MODEL])}
         answer = partial(
@@ -107,7 +109,7 @@ def make_train_step(
             turned = random_rotation(jax.random.fold_in(key, _ROTATION), inputs[1].shape[1], plan.rotation)
         turns = batch.query.shape[0] // plan.micro_batch if plan.micro_batch else 1
 
-        def loss(prediction: Prediction, own: Any) -> tuple[Array, Metrics]:
+        def loss(prediction: Prediction, own: Any, batch: Batch = batch) -> tuple[Array, Metrics]:
             return objective(
                 prediction,
                 batch,
@@ -123,7 +125,11 @@ def make_train_step(
 
             def whole(params: Any) -> tuple[Array, Metrics]:
                 models, own = _apart(params)
-                return loss(predict(models, inputs, key, turned, done), own)
+                if plan.encoders is None:
+                    return loss(predict(models, inputs, key, turned, done), own)
+                seen = plan.encoders.embed(_whole(models, mesh), batch)
+                given = (seen.context, seen.query, seen.context_mask)
+                return loss(predict(models, given, key, turned, done), own, seen)
 
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient
@@ -150,7 +156,11 @@ def make_train_step(
         whole = metrics.get("total", metrics["loss"])
         finite = jnp.isfinite(whole) & jnp.isfinite(norm) & ~state.halted
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+        if plan.encoders is not None:
+            updates = plan.encoders.gated(updates, state.step / plan.epoch_steps)
         params = optax.apply_updates(state.params, updates)
+        if plan.encoders is not None:
+            params = plan.encoders.averaged(params, (state.step + 1) / plan.total_steps)
         average = state.average
         if objective.averaged is not None:
             decay = ema_decay(*plan.ema, (state.step + 1) / plan.total_steps)
@@ -181,9 +191,14 @@ def make_train_step(
     return jax.jit(constrained, donate_argnums=0)
 
 
+def _whole(params: Any, mesh: Mesh | None) -> Any:
+    """Weights come together where they are used; gradients go back to their shares."""
+    return params if mesh is None else jax.lax.with_sharding_constraint(params, replicated(mesh))
+
+
 def _apart(params: Any) -> tuple[Any, Any]:
     """What a prediction depends on, and what the objective trains beside it."""
-    models = {name: value for name, value in params.items() if name in (MODEL, ADAPTERS)}
+    models = {name: value for name, value in params.items() if name in (MODEL, ADAPTERS, *ENCODERS)}
     return models, {name: value for name, value in params.items() if name not in models}
 
 

@@ -1,5 +1,6 @@
 """Validation during training: search the corpus with the predictions, rank, average, judge."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -65,13 +66,14 @@ class Validator:
         judge_with: str = ZERO,
     ):
         self._predictor = SplitPredictor(graph, data, split, mesh)
-        self._data, self._split, self._mesh = data, data.splits[split], mesh
+        self._data, self._split, self._mesh, self._name = data, data.splits[split], mesh, split
         self._corpus = data.corpus()
         trained = data.splits["train"]
         few = np.random.default_rng(0).permutation(len(trained))[:FAMILIAR]
-        self._predict_train = SplitPredictor(graph, data, "train", mesh, np.sort(few))
+        self._few = np.sort(few)
+        self._predict_train = SplitPredictor(graph, data, "train", mesh, self._few)
         self._steered = steering and SteeredJudge(self._predictor, data, split, steering, judge_with)
-        self._query_centres = calibration.centres_of(data.store[trained.query_rows[np.sort(few)]])
+        self._query_centres = calibration.centres_of(data.store[trained.query_rows[self._few]])
         fresh = unseen(self._split.positives, trained.positives)
         self._fresh = fresh if 0 < fresh.sum() < len(fresh) else None
         given = data.context_from == "data" and steering is None
@@ -81,6 +83,18 @@ class Validator:
         self._plain = self._measured(data.store[self._split.query_rows], self._corpus)
         self.plain_query = self._means(self._plain)
         self.target_rank = effective_rank(self._corpus[[ids[0] for ids in self._split.positives]])
+
+    def over(self, data: EmbeddedDataset) -> "Validator":
+        """The same split of the same data in other embeddings, by the programs that are compiled already.
+
+        `plain_query` and `target_rank` stay those of the first embeddings.
+        """
+        other = copy.copy(self)
+        other._predictor, other._predict_train = self._predictor.over(data), self._predict_train.over(data)
+        other._data, other._split, other._corpus = data, data.splits[self._name], data.corpus()
+        other._query_centres = calibration.centres_of(data.store[data.splits["train"].query_rows[self._few]])
+        other._plain = other._measured(data.store[other._split.query_rows], other._corpus)
+        return other
 
     def __call__(self, state: TrainState) -> Validated:
         """Score the predictions of a state, and fit how far they can be trusted."""
