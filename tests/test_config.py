@@ -8,6 +8,7 @@ from prime_jax.config import Config, TrainingConfig, load_stored_config, read_co
 from prime_jax.errors import ConfigError
 from prime_jax.models import KINDS
 from prime_jax.models.jasper import JasperConfig
+from prime_jax.models.layers import LLAMA_ONLY
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.subspace import SubspaceConfig
 
@@ -22,7 +23,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_are_those_of_the_requirement() -> None:
     model, train = PredictorConfig(), TrainingConfig()
-    later = {"kind", "context_attention", "residual", "max_delta"}
+    later = {"kind", "context_attention", "residual", "max_delta", "block", *LLAMA_ONLY}
     assert model.model_dump(exclude=later) == {
         "input_dim": 1024,
         "hidden_dim": 2048,
@@ -38,6 +39,7 @@ def test_defaults_are_those_of_the_requirement() -> None:
         "max_batch_size": 32,
     }
     assert (model.context_attention, model.residual, model.max_delta) == ("full", "none", None)
+    assert model.block == "gelu"
     required = {
         "learning_rate": 1e-4,
         "weight_decay": 0.01,

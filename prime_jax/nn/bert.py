@@ -64,6 +64,10 @@ class BertConfig(Frozen):
         """Most tokens of a text."""
         return self.max_position_embeddings - self.first_position
 
+    def told(self) -> str:
+        """The fields that count as JSON, for an encoder's identity; BERT's padding counts for nothing."""
+        return self.model_dump_json(exclude={"pad_token_id"} if self.model_type == "bert" else None)
+
     @classmethod
     def parse(cls, fields: Any, source: str) -> "BertConfig":
         """Check the content of a `config.json`.

@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike, DTypeLike
 from jaxtyping import Array, Float, Int
 
 from prime_jax import files
-from prime_jax.errors import DataError
+from prime_jax.errors import ConfigError, DataError
 from prime_jax.nn.bert import BertConfig, BertModel, Pooling, pool
 from prime_jax.nn.linear import Linear
 from prime_jax.nn.remat import Remat
@@ -56,6 +58,7 @@ class BertTextEncoder:
         dtype: Compute dtype of the products. bfloat16 is faster and changes embeddings in the third digit.
         name: How the encoder is called in its identity; None takes the folder's name.
         batch_size: Texts that run together; None means about as many tokens as are fastest on the device.
+        devices: How many of this process's devices share a batch; None means all accelerators, one CPU.
 
     Attributes:
         identity: Name, pooling, maximum length and a hash over everything that decides the embeddings.
@@ -78,6 +81,7 @@ class BertTextEncoder:
         dtype: DTypeLike = jnp.float32,
         name: str | None = None,
         batch_size: int | None = None,
+        devices: int | None = None,
     ):
         source = self.source = SentenceFolder.read(Path(folder))
         config = read_config(source.transformer)
@@ -86,12 +90,14 @@ class BertTextEncoder:
         self.dim = config.hidden_size
         self.truncated = 0
         self._batch_size = batch_size
+        self._mesh = _rows_over(devices)
         self._lower_case = source.lower_case
         self._tokenizer = source.tokenizer(config.vocab_size, self.max_length)
-        self.graph, self._weights = nnx.split(load_bert(source.transformer, dtype))
+        self.graph, weights = nnx.split(load_bert(source.transformer, dtype))
+        self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         self._embed = _embedder(self.graph, self.pooling)
         settings = (self.pooling, self.max_length, self._lower_case, jnp.dtype(dtype).name)
-        digest = hashlib.sha256(f"{config.model_dump_json()} {settings}".encode())
+        digest = hashlib.sha256(f"{config.told()} {settings}".encode())
         for file in (source.transformer / "tokenizer.json", *weight_files(source.transformer)):
             digest.update(files.sha256(file).encode())
         name = name or Path(folder).resolve().name
@@ -115,7 +121,8 @@ class BertTextEncoder:
             identity: Names its embeddings.
         """
         other = copy.copy(self)
-        other._weights = nnx.state(nnx.merge(self.graph, params))
+        weights = nnx.state(nnx.merge(self.graph, params))
+        other._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         other.identity = identity
         return other
 
@@ -141,7 +148,8 @@ class BertTextEncoder:
             for row, text in enumerate(chosen):
                 lengths[row] = len(tokens[text])
                 batch[row, : lengths[row]] = tokens[text]
-            running.append((chosen, self._embed(self._weights, batch, lengths)))
+            placed = jax.device_put((batch, lengths), NamedSharding(self._mesh, P("rows")))
+            running.append((chosen, self._embed(self._weights, *placed)))
         for chosen, result in running:
             embeddings[chosen] = np.asarray(result)[: len(chosen)]
         return embeddings
@@ -172,15 +180,30 @@ class BertTextEncoder:
     ) -> Iterator[tuple[Int[np.ndarray, " texts"], int, int]]:
         """Texts, padded length and padded rows of every batch, longest texts first."""
         budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH_ELSEWHERE)
+        devices = self._mesh.size
         buckets = [*(bucket for bucket in BUCKETS if bucket < self.max_length), self.max_length]
         order = np.argsort(np.negative(lengths), kind="stable")
         start = 0
         while start < len(order):
             longest = lengths[order[start]]
             length = next(bucket for bucket in buckets if bucket >= longest)
-            rows = 1 if alone else self._batch_size or max(1, budget // length)
+            rows = 1 if alone else self._batch_size or max(1, budget * devices // length)
+            rows = -(-rows // devices) * devices
             yield order[start : start + rows], length, rows
             start += rows
+
+
+def _rows_over(devices: int | None) -> Mesh:
+    """A mesh of this process's devices that share the rows of a batch.
+
+    Raises:
+        ConfigError: If there are not as many.
+    """
+    here = jax.local_devices()
+    count = (1 if here[0].platform == "cpu" else len(here)) if devices is None else devices
+    if not 1 <= count <= len(here):
+        raise ConfigError(f"devices {count} is not from 1 to {len(here)}, what this process has")
+    return Mesh(np.asarray(here[:count]), ("rows",))
 
 
 def check_texts(texts: Sequence[object]) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -71,6 +72,15 @@ class TestAgainstTorch:
         rng = np.random.default_rng(0)
         texts = [" ".join(rng.choice(tiny_bert.WORDS, rng.integers(0, 60))) for _ in range(150)]
         np.testing.assert_allclose(encoder.encode(texts), expected(weights, texts=texts), atol=1e-5)
+
+    def test_devices_share_a_batch(self, folder: Path, weights: tiny_bert.Tensors) -> None:
+        """Three of them, and six texts of three lengths; one text alone as well."""
+        shared = BertTextEncoder(folder, devices=3)
+        np.testing.assert_allclose(shared.encode(TEXTS), expected(weights), atol=1e-5)
+        np.testing.assert_allclose(shared.encode(TEXTS[:1]), expected(weights)[:1], atol=1e-5)
+        assert len(jax.tree.leaves(shared.params)[0].sharding.device_set) == 3
+        with pytest.raises(ConfigError, match="devices 99 is not from 1 to 8"):
+            BertTextEncoder(folder, devices=99)
 
     def test_a_given_pooling_goes_before_that_of_the_folder(
         self, folder: Path, weights: tiny_bert.Tensors
@@ -212,7 +222,7 @@ class TestFolder:
         [
             ("hidden_act", "relu"),
             ("position_embedding_type", "relative_key"),
-            ("model_type", "roberta"),
+            ("model_type", "deberta"),
             ("is_decoder", True),
             ("num_attention_heads", 5),
             ("hidden_size", -1),

@@ -18,6 +18,16 @@ CONFIGS = [
     PredictorConfig(
         input_dim=128, output_dim=128, hidden_dim=512, num_layers=3, num_heads=8, max_context_length=5
     ),
+    PredictorConfig(
+        input_dim=64,
+        output_dim=64,
+        hidden_dim=256,
+        num_layers=2,
+        num_heads=4,
+        dropout=0.0,
+        block="llama",
+        num_kv_heads=2,
+    ),
 ]
 
 

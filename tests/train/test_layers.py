@@ -13,6 +13,7 @@ from steps import DIM, run
 import prime_jax
 from prime_jax.config import Config, TrainingConfig, read_config
 from prime_jax.errors import ConfigError
+from prime_jax.models.prime import PredictorConfig
 from prime_jax.pretrained.llama import pretrained_layers
 from prime_jax.train.__main__ import main
 from prime_jax.train.adapters import initial_adapters, with_adapters
@@ -82,27 +83,22 @@ def options(settings: list[str], folder: Path) -> list[str]:
     return [*settings, *llama, "--model.num-layers", "2", "--model.init-from", start]
 
 
-@pytest.mark.parametrize(
-    "more", [["--train.lora-rank", "2"], ["--train.layers-lr-multiplier", "0"]], ids=" ".join
-)
-def test_a_run_that_starts_from_pretrained_layers(
-    options: list[str], more: list[str], tmp_path: Path
-) -> None:
-    """Frozen layers are the folder's to the bit afterwards; adapters have changed what is predicted with."""
+def test_a_run_that_starts_from_pretrained_layers(options: list[str], tmp_path: Path) -> None:
+    """The layers stay the folder's to the bit where there are no adapters; matrices that have them moved."""
     run = tmp_path / "run"
-    words = [*options, *more, "--train.params-dtype", "float32"]
-    assert main([*words, "--out", str(run), "--train.num-epochs", "2"]) == 0
+    words = [*options, "--train.lora-rank", "2", "--train.params-dtype", "float32"]
+    assert main([*words, "--out", str(run)]) == 0
     model = prime_jax.load(run, precision="float32").model
     config = read_config(None, words).model
+    assert isinstance(config, PredictorConfig)
     for place, tensor in pretrained_layers(config):
         found: Any = model
         for part in place:
             found = found[part] if isinstance(part, int) else getattr(found, part)
-        same = np.array_equal(found[...], tensor)
-        assert (
-            same == ("lora" not in more[0] or (place[-1] == "scale" and place[0] == "layers"))
-            or place[0] == "norm"
-        )
+        adapted = np.abs(found[...] - tensor)
+        if place[0] == "layers":
+            assert (adapted.max() == 0) == (place[-1] == "scale"), place
+        assert adapted.max() < 0.1 * np.abs(tensor).max()
 
 
 def test_a_folder_of_other_sizes_is_refused(options: list[str], tmp_path: Path, capsys: Any) -> None:
