@@ -19,8 +19,9 @@ from prime_jax.export.golden import TOLERANCE, Arrays, min_cosine
 from prime_jax.export.optional import need
 from prime_jax.export.to_onnx import OPSET, save_graph
 from prime_jax.models.prime import EmbeddingPredictor
-from prime_jax.nn.bert import BertModel, Pooling, pool
+from prime_jax.nn.bert import Pooling, pool
 from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.pretrained.families import EncoderModel
 from prime_jax.pretrained.pair import FOLDER, load_pair
 
 TEXT = "text.onnx"
@@ -136,13 +137,13 @@ def _answers(path: Path, golden: Arrays) -> np.ndarray[Any, np.dtype[Any]]:
     return np.asarray(session.run(["embedding"], {name: golden[name] for name in INPUTS})[0])
 
 
-def _model(encoder: BertTextEncoder) -> BertModel:
-    model: BertModel = nnx.merge(encoder.structure(jnp.float32), encoder.params)
+def _model(encoder: BertTextEncoder) -> EncoderModel:
+    model: EncoderModel = nnx.merge(encoder.structure(jnp.float32), encoder.params)
     return model
 
 
 def _embedded(
-    model: BertModel, ids: Int[Array, "B T"], mask: Int[Array, "B T"], pooling: Pooling
+    model: EncoderModel, ids: Int[Array, "B T"], mask: Int[Array, "B T"], pooling: Pooling
 ) -> Float[Array, "B H"]:
     """As the encoder itself, positions counted from the mask: a graph of any length has no other count."""
     at = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)

@@ -1,4 +1,4 @@
-"""Pretrained BERT and XLM-R encoders from a local Hugging Face or sentence-transformers folder; no torch.
+"""Pretrained text encoders from a local Hugging Face or sentence-transformers folder, without torch.
 
 The folder holds `config.json`, `tokenizer.json` and `model.safetensors` (or shards listed in
 `model.safetensors.index.json`). A sentence-transformers folder also says how to pool and where to cut texts.
@@ -7,7 +7,6 @@ The folder holds `config.json`, `tokenizer.json` and `model.safetensors` (or sha
 import copy
 import hashlib
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,11 @@ from jaxtyping import Array, Float, Int
 
 from prime_jax import files
 from prime_jax.errors import ConfigError, DataError
-from prime_jax.nn.bert import BertConfig, BertModel, Pooling, pool
-from prime_jax.nn.linear import Linear
+from prime_jax.nn.bert import Pooling, pool
 from prime_jax.nn.remat import Remat
+from prime_jax.pretrained.families import EncoderModel, build_encoder, load_encoder_model, read_encoder_config
 from prime_jax.pretrained.sentence_folder import SentenceFolder
-from prime_jax.pretrained.weights import Weights, weight_files
+from prime_jax.pretrained.weights import weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,6 @@ TOKENS_PER_BATCH_ELSEWHERE = 65536
 TOKENIZED_AT_ONCE = 8192
 
 _State = nnx.State[Any, Any]
-_NORM_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
 class BertTextEncoder:
@@ -84,7 +82,7 @@ class BertTextEncoder:
         devices: int | None = None,
     ):
         source = self.source = SentenceFolder.read(Path(folder))
-        config = read_config(source.transformer)
+        config = read_encoder_config(source.transformer)
         self.pooling = source.choose_pooling(pooling)
         self.max_length = source.choose_length(max_length, config.longest)
         self.dim = config.hidden_size
@@ -93,7 +91,7 @@ class BertTextEncoder:
         self._mesh = _rows_over(devices)
         self._lower_case = source.lower_case
         self._tokenizer = source.tokenizer(config.vocab_size, self.max_length)
-        self.graph, weights = nnx.split(load_bert(source.transformer, dtype))
+        self.graph, weights = nnx.split(load_encoder_model(source.transformer, config, dtype))
         self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         self._embed = _embedder(self.graph, self.pooling)
         settings = (self.pooling, self.max_length, self._lower_case, jnp.dtype(dtype).name)
@@ -110,8 +108,8 @@ class BertTextEncoder:
 
     def structure(self, dtype: DTypeLike) -> Any:
         """The model's structure with products in another dtype; `nnx.merge` with `params` gives the model."""
-        config = read_config(self.source.transformer)
-        return nnx.split(nnx.eval_shape(lambda: BertModel(config, dtype=dtype, rngs=nnx.Rngs(0))))[0]
+        config = read_encoder_config(self.source.transformer)
+        return nnx.split(nnx.eval_shape(lambda: build_encoder(config, dtype)))[0]
 
     def with_params(self, params: Any, identity: str) -> "BertTextEncoder":
         """The same encoder with other parameters of the same shapes, by the programs compiled already.
@@ -219,68 +217,6 @@ def check_texts(texts: Sequence[object]) -> None:
             raise DataError(f"text {position} is a {type(text).__name__}, not a string")
 
 
-def read_config(folder: Path) -> BertConfig:
-    """Read and check `config.json`; DataError where it is not a BERT this library computes."""
-    path = folder / "config.json"
-    return BertConfig.parse(files.read_json(path, DataError), str(path))
-
-
-def load_bert(folder: Path, dtype: DTypeLike = jnp.float32) -> BertModel:
-    """Read config.json and the weights of a folder into a `BertModel`.
-
-    Tensor names may start with `bert.` or `roberta.`, and leave out `encoder.`; norms may be named gamma and
-    beta. Tensors of heads on top (pooler, language model, classifier) are no part of an encoder and not read.
-
-    Raises:
-        DataError: If a file or tensor is missing, truncated, or of another shape or dtype than it should be.
-    """
-    config = read_config(folder)
-    weights = Weights(folder, _plain_name)
-    model = nnx.eval_shape(lambda: BertModel(config, dtype=dtype, rngs=nnx.Rngs(0)))
-
-    def fill(parameter: nnx.Param[Array], name: str) -> None:
-        parameter.set_value(jnp.asarray(weights.take(name, parameter.shape)))
-
-    def fill_norm(norm: nnx.LayerNorm, name: str) -> None:
-        assert norm.scale is not None
-        assert norm.bias is not None
-        fill(norm.scale, f"{name}.weight")
-        fill(norm.bias, f"{name}.bias")
-
-    def fill_linear(linear: Linear, *names: str) -> None:
-        """One linear map of the file, or several side by side."""
-        inputs, outputs = linear.kernel.shape
-        part = outputs // len(names)
-        kernels = [weights.take(f"{name}.weight", (part, inputs)).T for name in names]
-        biases = [weights.take(f"{name}.bias", (part,)) for name in names]
-        linear.kernel.set_value(jnp.asarray(np.concatenate(kernels, axis=1), dtype))
-        linear.bias.set_value(jnp.asarray(np.concatenate(biases)))
-
-    fill(model.words.embedding, "embeddings.word_embeddings.weight")
-    fill(model.positions.embedding, "embeddings.position_embeddings.weight")
-    fill(model.types.embedding, "embeddings.token_type_embeddings.weight")
-    fill_norm(model.norm, "embeddings.LayerNorm")
-    for number, layer in enumerate(model.layers):
-        prefix = f"layer.{number}"
-        fill_linear(layer.qkv, *(f"{prefix}.attention.self.{part}" for part in ("query", "key", "value")))
-        fill_linear(layer.attention_out, f"{prefix}.attention.output.dense")
-        fill_norm(layer.attention_norm, f"{prefix}.attention.output.LayerNorm")
-        fill_linear(layer.mlp_in, f"{prefix}.intermediate.dense")
-        fill_linear(layer.mlp_out, f"{prefix}.output.dense")
-        fill_norm(layer.mlp_norm, f"{prefix}.output.LayerNorm")
-    unread = [name for name in weights.unread() if name.startswith(("embeddings.", "layer."))]
-    unread = [name for name in unread if name != "embeddings.position_ids"]  # a constant, not a weight
-    if unread:
-        raise DataError(f"{folder}: config.json has no place for the tensors {', '.join(unread[:3])}")
-    return model
-
-
-def _plain_name(stored: str) -> str:
-    """One spelling for every variant of a tensor name in use."""
-    name = stored.removeprefix("bert.").removeprefix("roberta.").removeprefix("encoder.")
-    return re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: _NORM_NAMES[old[0]], name)
-
-
 def _embedder(graph: Any, pooling: Pooling) -> Callable[[_State, ArrayLike, ArrayLike], Array]:
     """The jitted program, compiled once per batch shape; it takes the weights."""
 
@@ -292,7 +228,7 @@ def _embedder(graph: Any, pooling: Pooling) -> Callable[[_State, ArrayLike, Arra
 
 
 def embedded(
-    model: BertModel,
+    model: EncoderModel,
     tokens: Int[Array, "B S"],
     lengths: Int[Array, " B"],
     pooling: Pooling,

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float
 from prime_jax.config import Config, TrainingConfig
 from prime_jax.data.encode import Encoder
 from prime_jax.errors import ConfigError
-from prime_jax.nn.bert import BertModel, Pooling
+from prime_jax.nn.bert import Pooling
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
 from prime_jax.pretrained.bert import BertTextEncoder, embedded
+from prime_jax.pretrained.families import EncoderModel
 from prime_jax.pretrained.pair import PairedEncoder
 from prime_jax.types import Batch, Texts
 
@@ -78,7 +79,7 @@ class EncoderPlan:
     def _embedded(self, weights: Any, texts: Texts) -> Float[Array, "*a D"]:
         shape = texts.lengths.shape
         flat = texts.tokens.reshape(-1, texts.tokens.shape[-1])
-        model: BertModel = nnx.merge(self.graph, weights)
+        model: EncoderModel = nnx.merge(self.graph, weights)
         vectors = embedded(model, flat, texts.lengths.reshape(-1), self.pooling, self.remat)
         return vectors.reshape(*shape, -1)
 

@@ -14,12 +14,11 @@ import numpy as np
 import pytest
 import tiny_bert
 import torch
-from flax import nnx
 from safetensors.torch import save_file
 
 from prime_jax.data.encode import MINILM_PACKAGE, load_encoder
 from prime_jax.errors import ConfigError, DataError
-from prime_jax.pretrained.bert import BertTextEncoder, check_texts, load_bert
+from prime_jax.pretrained.bert import BertTextEncoder, check_texts
 
 TEXTS = [
     "the cat sat on a mat",
@@ -124,7 +123,7 @@ class TestAgainstTorch:
 
 
 def assert_same_weights(folder: Path, other: Path) -> None:
-    chex.assert_trees_all_equal(*(nnx.state(load_bert(place)).to_pure_dict() for place in (folder, other)))
+    chex.assert_trees_all_equal(*(BertTextEncoder(place).params for place in (folder, other)))
 
 
 class TestWeightFiles:

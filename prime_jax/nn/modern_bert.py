@@ -1,0 +1,210 @@
+"""ModernBERT as a text encoder (Warner et al. 2024, arXiv 2412.13663): token ids in, contextual tokens out.
+
+Pre-norm layers with rotary positions and GeGLU; every third layer sees the whole text, the others a window.
+There is no dropout, in training neither.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import pydantic
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from prime_jax.errors import DataError
+from prime_jax.frozen import Frozen
+from prime_jax.nn.attention import attend, split_heads
+from prime_jax.nn.linear import Projection
+from prime_jax.nn.remat import Remat, rematerialised
+from prime_jax.nn.rotary import Rotation, frequencies, rotate
+
+
+class ModernBertConfig(Frozen):
+    """The fields of a `config.json` that decide what a ModernBERT computes; others are ignored."""
+
+    model_config = pydantic.ConfigDict(extra="ignore")
+
+    model_type: Literal["modernbert"]
+    vocab_size: int = pydantic.Field(gt=0)
+    hidden_size: int = pydantic.Field(gt=0)
+    intermediate_size: int = pydantic.Field(gt=0)
+    num_hidden_layers: int = pydantic.Field(gt=0)
+    num_attention_heads: int = pydantic.Field(gt=0)
+    max_position_embeddings: int = pydantic.Field(gt=0)
+    norm_eps: float = pydantic.Field(default=1e-5, gt=0)
+    hidden_activation: Literal["gelu"] = "gelu"
+    norm_bias: Literal[False] = False
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+    local_attention: int = pydantic.Field(default=128, gt=0)
+    layer_types: tuple[Literal["full_attention", "sliding_attention"], ...]
+    global_rope_theta: float = pydantic.Field(default=160000.0, gt=1)
+    local_rope_theta: float = pydantic.Field(default=10000.0, gt=1)
+
+    @pydantic.model_validator(mode="after")
+    def _fields_fit_together(self) -> "ModernBertConfig":
+        if self.hidden_size % (2 * self.num_attention_heads):
+            raise ValueError(
+                f"hidden_size {self.hidden_size} is no even multiple of num_attention_heads "
+                f"{self.num_attention_heads}"
+            )
+        if len(self.layer_types) != self.num_hidden_layers:
+            raise ValueError(
+                f"layer_types names {len(self.layer_types)} layers, num_hidden_layers is "
+                f"{self.num_hidden_layers}"
+            )
+        return self
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a text."""
+        return self.max_position_embeddings
+
+    def told(self) -> str:
+        """The fields that count as JSON, for an encoder's identity."""
+        return self.model_dump_json()
+
+    @classmethod
+    def parse(cls, fields: Any, source: str) -> "ModernBertConfig":
+        """Check the content of a `config.json`, of transformers 4 or 5.
+
+        Args:
+            fields: The parsed JSON.
+            source: Name of the file, for messages.
+
+        Raises:
+            DataError: If a field is missing, malformed or not supported; the message names file and field.
+        """
+        try:
+            return cls.model_validate(_in_one_spelling(fields))
+        except pydantic.ValidationError as wrong:
+            problems = "; ".join(
+                f"{'.'.join(map(str, error['loc'])) or 'config'}: {error['msg']}" for error in wrong.errors()
+            )
+            raise DataError(f"{source}: not a ModernBERT this library can run ({problems})") from None
+
+
+def _in_one_spelling(fields: dict[str, Any]) -> dict[str, Any]:
+    """Transformers 5 lists the layers and keeps RoPE in `rope_parameters`; 4 has a period and two bases."""
+    fields = dict(fields)
+    if "layer_types" not in fields and isinstance(fields.get("num_hidden_layers"), int):
+        every = fields.get("global_attn_every_n_layers", 3)
+        kinds = ("full_attention", "sliding_attention")
+        fields["layer_types"] = [kinds[bool(layer % every)] for layer in range(fields["num_hidden_layers"])]
+    for ours, theirs in (("global_rope_theta", "full_attention"), ("local_rope_theta", "sliding_attention")):
+        rope = (fields.get("rope_parameters") or {}).get(theirs)
+        if rope is not None:
+            fields[ours] = rope.get("rope_theta")
+            if rope.get("rope_type", "default") != "default":
+                fields[ours] = rope["rope_type"]  # refused by name
+    return fields
+
+
+class _Norm(nnx.Module):
+    """LayerNorm without bias, float32."""
+
+    def __init__(self, hidden: int, epsilon: float):
+        self.scale = nnx.Param(jnp.ones(hidden))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Float[Array, "*a H"]) -> Float[Array, "*a H"]:
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        variance = jnp.mean(centred * centred, axis=-1, keepdims=True)
+        return centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+
+
+class ModernBertLayer(nnx.Module):
+    """Attention and GeGLU, each after a norm; the first layer has the norm of the embeddings instead."""
+
+    def __init__(self, config: ModernBertConfig, *, first: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+        hidden, inner = config.hidden_size, config.intermediate_size
+        if not first:
+            self.attention_norm = _Norm(hidden, config.norm_eps)
+        self.qkv = Projection(hidden, 3 * hidden, dtype=dtype, rngs=rngs)
+        self.attention_out = Projection(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.mlp_norm = _Norm(hidden, config.norm_eps)
+        self.mlp_in = Projection(hidden, 2 * inner, dtype=dtype, rngs=rngs)
+        self.mlp_out = Projection(inner, hidden, dtype=dtype, rngs=rngs)
+        self.num_heads, self.first, self.dtype = config.num_attention_heads, first, dtype
+
+    def __call__(
+        self, x: Float[Array, "B S H"], mask: Bool[Array, "B S S"], rotation: Rotation
+    ) -> Float[Array, "B S H"]:
+        """Transform the tokens `x`, each looking where the mask allows."""
+        normed = x if self.first else self.attention_norm(x)
+        parts = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(normed), 3, axis=-1))
+        queries, keys, values = parts
+        mixed = attend(rotate(queries, rotation), rotate(keys, rotation), values, mask, self.dtype)
+        x = x + self.attention_out(mixed)
+        inner, gate = jnp.split(self.mlp_in(self.mlp_norm(x)), 2, axis=-1)
+        return x + self.mlp_out(jax.nn.gelu(inner, approximate=False) * gate)
+
+
+class ModernBertModel(nnx.Module):
+    """The encoder: word embeddings and their norm, the layers, a last norm.
+
+    Args:
+        config: What to build.
+        dtype: Compute dtype of the products; they accumulate in float32.
+        rngs: Source of the initial weights, which pretrained ones replace.
+    """
+
+    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+        self.words = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.norm = _Norm(config.hidden_size, config.norm_eps)
+        self.layers = nnx.List(
+            ModernBertLayer(config, first=number == 0, dtype=dtype, rngs=rngs)
+            for number in range(config.num_hidden_layers)
+        )
+        self.final_norm = _Norm(config.hidden_size, config.norm_eps)
+        self.config = config
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B S"],
+        mask: Bool[Array, "B S"],
+        *,
+        positions: Int[Array, "B S"] | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "B S H"]:
+        """Contextual embeddings of every token.
+
+        Args:
+            tokens: Token ids, `[B, S]` with S at most `config.longest`; padding holds any valid id.
+            mask: True where a token is real, `[B, S]`.
+            positions: Of the tokens; None counts them from 0.
+            remat: What the backward pass recomputes instead of keeping it.
+
+        Returns:
+            float32 `[B, S, H]`; padded positions hold numbers without meaning.
+        """
+        at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
+        apart = jnp.abs(at[:, :, None] - at[:, None, :])
+        seen = {
+            "full_attention": (
+                mask[:, None, :] & (apart >= 0),
+                self._rotation(at, self.config.global_rope_theta),
+            ),
+            "sliding_attention": (
+                mask[:, None, :] & (apart <= self.config.local_attention // 2),
+                self._rotation(at, self.config.local_rope_theta),
+            ),
+        }
+        x = self.norm(self.words(tokens))
+        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+            graph, params = nnx.split(layer)
+
+            def block(params: Any, x: Array, graph: Any = graph, kind: str = kind) -> Array:
+                answer: Array = nnx.merge(graph, params)(x, *seen[kind])
+                return answer
+
+            x = rematerialised(block, remat)(params, x)
+        return self.final_norm(x)
+
+    def _rotation(self, positions: Int[Array, "B S"], theta: float) -> Rotation:
+        size = self.config.hidden_size // self.config.num_attention_heads
+        steps = jnp.asarray(frequencies(size, theta, None), jnp.float32)
+        angles = positions[..., None].astype(jnp.float32) * steps
+        return Rotation(jnp.cos(angles), jnp.sin(angles))
