@@ -59,7 +59,7 @@ ENCODERS: Mapping[str, list[str]] = {
     "X trained, Y slow": ["--train.x-encoder=trained", "--train.y-encoder=slow"],
     "X trained, Y its average": ["--train.x-encoder=trained", "--train.y-encoder=ema"],
 }
-TRAINED_ON, JUDGED_ON = 1200, 300  # examples of the smaller data
+TRAINED_ON, JUDGED_ON = 1200, 600  # pairs of an example and a right answer, of the smaller data
 
 
 def language_model(data: Path, folder: Path) -> dict[str, Any]:
@@ -121,9 +121,12 @@ def smaller(data: Path, folder: Path) -> Path:
         whole, drawn = load_dataset(data, ("train", "dev")), random.Random(0)
         splits = {}
         for name, most in (("train", TRAINED_ON), ("dev", JUDGED_ON)):
-            rows = whole.splits[name]
-            chosen = sorted(drawn.sample(range(len(rows)), min(most, len(rows))))
-            splits[name] = tuple(rows[row] for row in chosen)
+            order, chosen, pairs = list(range(len(whole.splits[name]))), [], 0
+            drawn.shuffle(order)
+            while pairs < most and order:
+                chosen.append(order.pop())
+                pairs += len(whole.splits[name][chosen[-1]].positives)
+            splits[name] = tuple(whole.splits[name][row] for row in sorted(chosen))
         named = {
             name
             for rows in splits.values()

@@ -42,6 +42,7 @@ def model_card(
         _EXPLANATION if isinstance(config, SubspaceConfig) else "",
         _encoder(config, facts),
         _MEMORY if memory_mapped else "",
+        _TEXT if "text" in parity else "",
         "## Use",
         _usage(config),
         "## Training and evaluation",
@@ -65,6 +66,14 @@ _MEMORY = (
     "**The memory must be mapped first.** This model was trained against targets that a trained head mapped; "
     "its predictions search passages that went through the same head: `y + y @ kernel`, scaled to unit norm, "
     "for every passage embedding `y`, with `kernel` from target_head.safetensors. Without it they are wrong."
+)
+
+
+_TEXT = (
+    "**It was trained together with its encoders, which are here.** `encoder/x` embeds turns and queries, "
+    "`encoder/y` the passages of the memory; embed the memory anew with it. `text.onnx` is the whole, from "
+    "token ids (`input_ids` and `attention_mask`, `[B, N + 1, T]`: the turns, then the query) to the vector; "
+    "the tokenizer is `encoder/x/tokenizer.json`."
 )
 
 

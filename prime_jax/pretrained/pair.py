@@ -12,7 +12,7 @@ from jaxtyping import Float
 
 from prime_jax.errors import DataError
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts
-from prime_jax.pretrained.bert_writing import write_encoder
+from prime_jax.pretrained.writing import write_encoder
 
 PASSAGE = "\x02"
 """Stands in front of a passage where texts of both kinds are encoded and stored together."""

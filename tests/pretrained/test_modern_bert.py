@@ -16,8 +16,8 @@ from prime_jax.config import TrainingConfig
 from prime_jax.errors import DataError
 from prime_jax.export.text import write_encoder_onnx
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.pretrained.bert_writing import write_encoder
 from prime_jax.pretrained.families import read_encoder_config
+from prime_jax.pretrained.writing import write_encoder
 from prime_jax.train.encoders import X, encoder_plan, initial_encoders
 from prime_jax.types import Batch, BatchTexts, Texts
 

@@ -11,7 +11,7 @@ from transformers import RobertaConfig, RobertaModel, XLMRobertaConfig, XLMRober
 
 from prime_jax.errors import ConfigError
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.pretrained.bert_writing import write_encoder
+from prime_jax.pretrained.writing import write_encoder
 
 TEXTS = ["the cat sat on a mat", "", "rain", " ".join(["quiet hills and dogs ran home"] * 4)]
 FAMILY = {"xlm-roberta": (XLMRobertaConfig, XLMRobertaModel), "roberta": (RobertaConfig, RobertaModel)}

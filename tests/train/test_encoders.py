@@ -21,8 +21,8 @@ from prime_jax.evaluate.run import evaluate_run
 from prime_jax.export.__main__ import main as export
 from prime_jax.export.verification import verify
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.pretrained.bert_writing import write_encoder
 from prime_jax.pretrained.pair import PASSAGE, PairedEncoder, load_pair, write_pair
+from prime_jax.pretrained.writing import write_encoder
 from prime_jax.train import checkpoints
 from prime_jax.train.__main__ import main
 from prime_jax.train.encoders import X, Y, encoder_plan, initial_encoders
@@ -208,6 +208,7 @@ def test_the_bundle_carries_the_encoders(run: Path, tmp_path: Path) -> None:
     found = prime_jax.load(bundle, precision="float32").predict_text(context, query)
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
+    assert "embed the memory anew" in (bundle / "MODEL_CARD.md").read_text()
     tokenizer = Tokenizer.from_file(str(bundle / "encoder" / "x" / "tokenizer.json"))
     tokenizer.no_padding()
     tokenizer.no_truncation()
