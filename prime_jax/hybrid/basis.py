@@ -1,0 +1,100 @@
+"""The few trees that a jump is made of, and what a window's move looks like in them.
+
+An average is kept as its displacement d = average - weights, which changes by d <- decay (d - move): small
+numbers, so that bfloat16 suffices. Coefficients `a[G, P]` (groups are the leaves) make a move sum_p a[g, p] B_p.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+Tree = Any
+_SMALL = 1e-12
+
+
+def optimizer_direction(opt_state: Any, like: Tree) -> Tree | None:
+    """Adam's next step without its learning rate, found by type; None where there are no moments.
+
+    Args:
+        opt_state: Any optax state, however nested.
+        like: Tree of the weights; moments of another structure are not theirs.
+    """
+    found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+    for state in found:
+        if isinstance(state, optax.ScaleByAdamState) and _same(state.mu, like):
+            return jax.tree.map(lambda m, v: -m / (jnp.sqrt(v) + 1e-8), state.mu, state.nu)
+    return None
+
+
+def _same(one: Tree, other: Tree) -> bool:
+    same = jax.tree.structure(one) == jax.tree.structure(other)
+    return same and jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, other)
+
+
+def stored(tree: Tree, dtype: Any, key: PRNGKeyArray) -> Tree:
+    """A float32 tree in the dtype that is kept; bfloat16 is rounded stochastically, so right on average."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    leaves, structure = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten([_rounded(leaf, one) for leaf, one in zip(leaves, keys, strict=True)])
+
+
+def _rounded(leaf: Array, key: PRNGKeyArray) -> Array:
+    bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
+    noise = jax.random.bits(key, leaf.shape, jnp.uint16).astype(jnp.uint32)
+    kept = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(kept), kept, leaf).astype(jnp.bfloat16)
+
+
+def displaced(displacement: Tree, move: Tree, decay: Array) -> Tree:
+    """Displacement of an average after the weights made `move`."""
+    return jax.tree.map(lambda d, m: decay * (d.astype(jnp.float32) - m), displacement, move)
+
+
+def gram(basis: tuple[Tree, ...], move: Tree) -> tuple[Array, Array, Array]:
+    """`B'B [G, P, P]`, `B'move [G, P]` and `|move|^2 [G]` per group."""
+
+    def one(*leaves: Array) -> tuple[Array, Array, Array]:
+        *parts, moved = (leaf.astype(jnp.float32).reshape(-1) for leaf in leaves)
+        rows = jnp.stack(parts)
+        return rows @ rows.T, rows @ moved, moved @ moved
+
+    found = [one(*leaves) for leaves in zip(*map(jax.tree.leaves, (*basis, move)), strict=True)]
+    inner, onto, square = (jnp.stack(part) for part in zip(*found, strict=True))
+    return inner, onto, square
+
+
+def best_coefficients(
+    inner: Float[Array, "G P P"], onto: Float[Array, "G P"], ridge: float = 0.03
+) -> Float[Array, "G P"]:
+    """Ridge solution per group, in units of each tree's length."""
+    scale = jnp.sqrt(jnp.maximum(jnp.diagonal(inner, axis1=1, axis2=2), _SMALL))
+    cosines = inner / (scale[:, :, None] * scale[:, None, :]) + ridge * jnp.eye(inner.shape[-1])
+    return jnp.linalg.solve(cosines, (onto / scale)[..., None])[..., 0] / scale
+
+
+def misfit(a: Array, inner: Array, onto: Array, square: Array) -> Array:
+    """|B a - move|^2 / |move|^2 over all groups: 1 for no prediction, 0 for a perfect one."""
+    error = jnp.einsum("gp,gpq,gq->g", a, inner, a) - 2 * jnp.sum(a * onto, axis=1) + square
+    return jnp.sum(error) / jnp.maximum(jnp.sum(square), _SMALL)
+
+
+def cosine(a: Array, inner: Array, onto: Array, square: Array) -> Array:
+    """Cosine between B a and the move, over all groups."""
+    length = jnp.sum(jnp.einsum("gp,gpq,gq->g", a, inner, a)) * jnp.sum(square)
+    return jnp.sum(a * onto) / jnp.sqrt(jnp.maximum(length, _SMALL))
+
+
+def jumped(params: Tree, basis: tuple[Tree, ...], a: Float[Array, "G P"]) -> Tree:
+    """Weights moved by `sum_p a[g, p] B_p`, in their own dtype."""
+    leaves, structure = jax.tree.flatten(params)
+    parts = [jax.tree.leaves(tree) for tree in basis]
+    moved = []
+    for g, leaf in enumerate(leaves):
+        move = sum(a[g, p] * part[g].astype(jnp.float32) for p, part in enumerate(parts))
+        moved.append((leaf.astype(jnp.float32) + move).astype(leaf.dtype))
+    return structure.unflatten(moved)
