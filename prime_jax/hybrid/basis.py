@@ -1,7 +1,8 @@
 """The few trees that a jump is made of, and what a window's move looks like in them.
 
 An average is kept as its displacement d = average - weights, which changes by d <- decay (d - move): small
-numbers, so that bfloat16 suffices. Coefficients `a[G, P]` (groups are the leaves) make a move sum_p a[g, p] B_p.
+numbers, so that bfloat16 suffices. Coefficients `a[G, P]` (groups are the leaves) make a move
+sum_p a[g, p] B_p.
 """
 
 from typing import Any
@@ -39,18 +40,30 @@ def stored(tree: Tree, dtype: Any, key: PRNGKeyArray) -> Tree:
     if jnp.dtype(dtype) == jnp.float32:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
     leaves, structure = jax.tree.flatten(tree)
-    keys = jax.random.split(key, len(leaves))
-    return structure.unflatten([_rounded(leaf, one) for leaf, one in zip(leaves, keys, strict=True)])
+    seeds = jax.random.bits(key, (len(leaves),), jnp.uint32)
+    return structure.unflatten([_rounded(leaf, seeds[at]) for at, leaf in enumerate(leaves)])
 
 
-def _rounded(leaf: Array, key: PRNGKeyArray) -> Array:
+def _rounded(leaf: Array, seed: Array) -> Array:
     bits = jax.lax.bitcast_convert_type(leaf.astype(jnp.float32), jnp.uint32)
-    noise = jax.random.bits(key, leaf.shape, jnp.uint16).astype(jnp.uint32)
-    kept = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(kept), kept, leaf).astype(jnp.bfloat16)
+    kept = (bits + (_hashed(leaf.shape, seed) & jnp.uint32(0xFFFF))) & jnp.uint32(0xFFFF0000)
+    rounded = jax.lax.bitcast_convert_type(kept, jnp.float32)
+    return jnp.where(jnp.isfinite(rounded), rounded, leaf).astype(jnp.bfloat16)
 
 
-def displaced(displacement: Tree, move: Tree, decay: Array) -> Tree:
+def _hashed(shape: tuple[int, ...], seed: Array) -> Array:
+    """Noise of an element from its place (murmur3's finalizer): elementwise, so it lies as the leaf does."""
+    x = seed
+    for axis, factor in zip(
+        range(len(shape)), (0x9E3779B9, 0x7FEB352D, 0x846CA68B, 0x58B0C2F9), strict=False
+    ):
+        x = x + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(factor)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = (x ^ (x >> shift)) * jnp.uint32(factor)
+    return x ^ (x >> 16)
+
+
+def displaced(displacement: Tree, move: Tree, decay: Array | float) -> Tree:
     """Displacement of an average after the weights made `move`."""
     return jax.tree.map(lambda d, m: decay * (d.astype(jnp.float32) - m), displacement, move)
 

@@ -1,4 +1,4 @@
-"""How good loss predictions were, per horizon: skill, intervals that hold, and a confidence read for nothing."""
+"""How good loss predictions were, per horizon: skill, intervals that hold, and a confidence."""
 
 from typing import NamedTuple
 

@@ -1,7 +1,8 @@
 """Correction: a few real gradients on a few coefficients, bounded, from a start that the past suggests.
 
-Coefficients are counted in units: 1 is the whole way to an average, or one window's length along the optimizer's
-direction or the last move. `c = shared[P] + 0.3 own[G, P]`: what all groups need is learned from all of them.
+Coefficients are counted in units: 1 is the whole way to an average, or one window's length along the
+optimizer's direction or the last move. `c = shared[P] + 0.3 own[G, P]`: what all groups need is learned from
+all of them.
 """
 
 from collections.abc import Callable

@@ -2,8 +2,8 @@
 
 Hafner et al. 2019 (arXiv 1811.04551), small: members of an ensemble are stacked, every weight is trained by
 backpropagation through time at each observation. The loss head predicts the deviation from a damped linear
-trend with Gaussian negative log likelihood; prior and posterior are tied by their KL divergence; the coefficient
-head starts at nothing and adds to a ridge solution. All is measured in windows.
+trend with Gaussian negative log likelihood; prior and posterior are tied by their KL divergence; the
+coefficient head starts at nothing and adds to a ridge solution. All is measured in windows.
 """
 
 from typing import Any, NamedTuple
@@ -96,7 +96,7 @@ def _filter(params: Params, features: Array, key: PRNGKeyArray) -> tuple[Array, 
 
     noise = jax.random.normal(key, (len(features), latent))
     start = (jnp.zeros(hidden), jnp.zeros(latent))
-    _, (h, z, m1, s1) = jax.lax.scan(see, start, (inputs, to_post, noise), unroll=4)
+    _, (h, z, m1, s1) = jax.lax.scan(see, start, (inputs, to_post, noise))
     m0, s0 = _halves(_linear(params["prior"], h))
     kl = s0 - s1 + 0.5 * (jnp.exp(2 * (s1 - s0)) + (m1 - m0) ** 2 * jnp.exp(-2 * s0) - 1)
     return h, z, jnp.mean(jnp.sum(kl, axis=-1))
@@ -104,7 +104,6 @@ def _filter(params: Params, features: Array, key: PRNGKeyArray) -> tuple[Array, 
 
 def _roll(params: Params, h: Array, z: Array, key: PRNGKeyArray) -> tuple[Array, Array]:
     """Mean and log-variance of the deviation for each window ahead, imagined with sampled states."""
-
     into_latent = params["input"]["w"][FEATURES:]
 
     def imagine(carry: tuple[Array, Array], noise: Array) -> tuple[tuple[Array, Array], Any]:
@@ -114,7 +113,7 @@ def _roll(params: Params, h: Array, z: Array, key: PRNGKeyArray) -> tuple[Array,
         return (after, mean + jnp.exp(spread) * noise), (h, z)
 
     noise = jax.random.normal(key, (AHEAD, z.shape[0]))
-    _, states = jax.lax.scan(imagine, (h, z), noise, unroll=4)
+    _, states = jax.lax.scan(imagine, (h, z), noise)
     told = _linear(params["loss"], jnp.concatenate(states, axis=-1))
     return told[:, 0], jnp.clip(told[:, 1], -6.0, 6.0)
 
@@ -137,8 +136,8 @@ class Lesson(NamedTuple):
     """What an observation teaches.
 
     Attributes:
-        features: As they were before the last window, `[LENGTH + AHEAD - 1, F]`; the first `LENGTH` were there
-            before the windows that are predicted.
+        features: As they were before the last window, `[LENGTH + AHEAD - 1, F]`; the first `LENGTH` were
+            there before the windows that are predicted.
         deviation: Of the losses of the `AHEAD` windows since then from their trend, `[AHEAD]`.
         known: Which of these windows were seen, `[AHEAD]`.
         ridge: Coefficients that the head adds to, `[G, P]`.

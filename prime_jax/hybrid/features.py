@@ -26,8 +26,8 @@ def features_of(
     Args:
         losses: Of the last 256 steps, newest last.
         gradients: Gradient norms of the last 64 steps, newest last.
-        cosines: Of the last move with the shortest and the longest average, the optimizer's direction, and the
-            move before it.
+        cosines: Of the last move with the shortest and the longest average, the optimizer's direction, and
+            the move before it.
         lengths: Of these four trees over the length of the last move.
         fit: Share of the last move that the basis explains.
         step: Real steps so far.

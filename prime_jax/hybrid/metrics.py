@@ -57,6 +57,7 @@ def to_csv(rows: Sequence[Row]) -> str:
 def console(totals: Totals) -> str:
     """One line for people."""
     return (
-        f"hybrid: {totals.kept} of {totals.jumps} jumps kept, they cost {totals.cost:.1f} of {totals.steps} steps "
-        f"({totals.summary()['overhead']:.2%}); {totals.divergences} divergences, {totals.rollbacks} rollbacks"
+        f"hybrid: {totals.kept} of {totals.jumps} jumps kept, they cost {totals.cost:.1f} of {totals.steps} "
+        f"steps ({totals.summary()['overhead']:.2%}); {totals.divergences} divergences, "
+        f"{totals.rollbacks} rollbacks"
     )

@@ -52,7 +52,7 @@ class HybridConfig:
     confidence_threshold: float = 0.2
     probe_share: float = 0.01
     coefficient_gradients: int = 5
-    coefficient_rate: float = 0.15
+    coefficient_rate: float = 0.1
     max_coefficient: float = 1.5
     control_batches: int = 2
     ensemble: int = 3
@@ -108,5 +108,5 @@ class HybridConfig:
 
     @property
     def basis(self) -> int:
-        """Number P of trees that a jump is made of: the averages, the optimizer's direction, the last move."""
+        """P, the trees that a jump is made of: the averages, the optimizer's direction, the last move."""
         return len(self.ema_steps) + 2

@@ -6,29 +6,29 @@
         state, metrics = trainer.step(state, batch)
     state, outcome = trainer.finish(state)
 
-The user's step stays untouched and makes every real step; with `enabled: false`, or `predict` and `correct` both
-off, nothing else happens. Jumps cost at most `probe_share` of the real steps. The learning rate's schedule follows
-real steps only: a jump does not advance it.
+The user's step stays untouched and makes every real step; with `enabled: false`, or `predict` and `correct`
+both off, nothing else happens. Jumps cost at most `probe_share` of the real steps. The schedule of the
+learning rate follows real steps only: a jump does not advance it.
 """
 
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from prime_jax.hybrid import bandit, corrector, residuals
-from prime_jax.hybrid.basis import jumped, optimizer_direction
 from prime_jax.hybrid.divergence import Action, DivergedError, Signals, actions, assess, measure
 from prime_jax.hybrid.dynamics import init_dynamics
 from prime_jax.hybrid.metrics import Totals
 from prime_jax.hybrid.phases import Phase, PhaseOutcome, PhaseState, advance, force_phase
+from prime_jax.hybrid.programs import programs
+from prime_jax.hybrid.saving import Resumable
 from prime_jax.hybrid.settings import HybridConfig
-from prime_jax.hybrid.state import HybridState, init_hybrid, observe, predict, settled
+from prime_jax.hybrid.state import HybridState
 
 State = Any
 Batch = Any
@@ -45,7 +45,7 @@ class Snapshot:
     step: int
 
 
-class HybridTrainer:
+class HybridTrainer(Resumable):
     """Wraps a step.
 
     Attributes:
@@ -105,19 +105,12 @@ class HybridTrainer:
         self._probe_scale, self._backoff, self._retries = 1.0, 1.0, 0
         self._snapshot: Snapshot | None = None
         self.hybrid: HybridState | None = None
-        self._control_loss = jax.jit(loss_fn)
-        self._observe = jax.jit(partial(observe, config=config), donate_argnums=0)
-        self._settle = jax.jit(partial(settled, config=config), donate_argnums=0)
-        self._jump = jax.jit(self._predicted)
-        self._choose = jax.jit(partial(bandit.scores, exploration=config.exploration))
-        self._gradient = jax.jit(partial(corrector.gradient_step, loss_fn=loss_fn, config=config))
-        self._move = jax.jit(jumped)
-        self._direction = jax.jit(lambda state: optimizer_direction(state, get_params(state)))
+        self._run = programs(config, loss_fn, get_params)
 
     def init(self, state: State) -> None:
         """Begin a run at this state."""
         if self.active:
-            self.hybrid = jax.jit(partial(init_hybrid, config=self.config))(self._get(state))
+            self.hybrid = self._run.init(self._get(state))
             if self.config.snapshot == "window":
                 self._keep(state)
 
@@ -177,9 +170,11 @@ class HybridTrainer:
             gradients = jnp.broadcast_to(length, (len(losses),))
         else:
             gradients = jnp.asarray(known)
-        direction = self._direction(state)
+        direction = self._run.direction(state)
         self.calls["observe"] += 1
-        self.hybrid, told = self._observe(hybrid, self._get(state), direction, jnp.asarray(losses), gradients)
+        self.hybrid, told = self._run.observe(
+            hybrid, self._get(state), direction, jnp.asarray(losses), gradients
+        )
         told = jax.device_get(told)
         self._confidence = tuple(float(x) for x in told["confidence"])
         self._last_error, self._predictor_finite = float(told["last_error"]), bool(told["predictor_finite"])
@@ -201,9 +196,8 @@ class HybridTrainer:
         self._transition(told["features"])
         if self.phases.phase is Phase.PREDICT:
             state = self._probe(state)
-        elif self._snapshot is not None and config.snapshot == "probe":
-            if self.phases.in_phase >= config.min_full_steps:  # the jump proved sound
-                self._snapshot = None
+        elif config.snapshot == "probe" and self.phases.in_phase >= config.min_full_steps:
+            self._snapshot = None  # the jump proved sound
         if config.snapshot == "window":
             self._keep(state)
         return state
@@ -219,7 +213,7 @@ class HybridTrainer:
         if due and config.predict and (self._affordable() or phases.forced is not None):
             self.calls["choose"] += 1
             assert self.hybrid is not None
-            bound = self._choose(self.hybrid.bandit, jnp.asarray(features)).tolist()
+            bound = self._run.choose(self.hybrid.bandit, jnp.asarray(features)).tolist()
             sure = [1.0, *self._confidence]
             allowed = [at for at in range(len(bound)) if at == 0 or sure[at] >= phases.threshold]
             best = max(allowed, key=lambda at: bound[at])
@@ -257,9 +251,9 @@ class HybridTrainer:
         for action in todo:
             if action is Action.ABORT:
                 raise DivergedError(
-                    f"{what} after step {self.totals.steps}, {self._retries} rollbacks so far: training cannot "
-                    "go on. A lower learning rate usually helps; hybrid.snapshot: window keeps a state to go "
-                    "back to"
+                    f"{what} after step {self.totals.steps}, {self._retries} rollbacks so far: training "
+                    "cannot go on. A lower learning rate usually helps; hybrid.snapshot: window keeps "
+                    "a state to go back to"
                 )
             if action is Action.FORCE_FULL_PHASE:
                 self.phases = replace(self.phases, diverging=True, in_phase=0)
@@ -292,18 +286,9 @@ class HybridTrainer:
 
     # jumps -------------------------------------------------------------------------------------------------
 
-    def _predicted(self, hybrid: HybridState, params: Any, horizon: Any) -> tuple[Any, ...]:
-        """One program for a whole PREDICT phase: Y steps at once, the store's correction, the weights."""
-        loss, sigma, a = predict(hybrid, horizon, self.config)
-        unit = corrector.units(hybrid.basis)
-        similar = residuals.look_up(hybrid.residuals, hybrid.features[-1])
-        told = jnp.where(unit > 0, a / jnp.maximum(unit, 1e-12), 0.0)
-        c = corrector.bounded(told + similar.agreement * similar.coefficients, self.config)
-        return loss + similar.agreement * similar.loss, sigma, c, jumped(params, hybrid.basis, c * unit)
-
     def _judge(self, params: Any) -> float:
         self.calls["control"] += len(self._control)
-        return sum(float(self._control_loss(params, batch)) for batch in self._control) / len(self._control)
+        return sum(float(self._run.loss(params, batch)) for batch in self._control) / len(self._control)
 
     def _probe(self, state: State, *, last: bool = False) -> State:
         """PREDICT and CORRECT: jump, correct, and keep what the control set likes best."""
@@ -311,7 +296,7 @@ class HybridTrainer:
         assert hybrid is not None
         horizon, params = self.phases.horizon, self._get(state)
         self.calls["predict"] += 1
-        expected, sigma, start, there = self._jump(hybrid, params, jnp.asarray(horizon, jnp.float32))
+        expected, start, there = self._run.jump(hybrid, params, jnp.asarray(horizon, jnp.float32))
         self.phases = advance(self.phases, config, 0)  # -> CORRECT
         nothing = jnp.zeros_like(start)
         choices: dict[str, tuple[float, Any]] = {"raw": (self._judge(params), nothing)}
@@ -320,17 +305,17 @@ class HybridTrainer:
         if last:
             for at, steps in enumerate(config.ema_steps):
                 c = nothing.at[:, at].set(1.0)
-                choices[f"ema {steps}"] = (self._judge(self._move(params, hybrid.basis, c * unit)), c)
+                choices[f"ema {steps}"] = (self._judge(self._run.move(params, hybrid.basis, c * unit)), c)
         candidates = len(choices)
         gradients = 0
         if config.correct:
             best = min(choices, key=lambda name: _finite(choices[name][0]))
             work = corrector.begin(choices[best][1], config)
             for batch in self._fresh(config.coefficient_gradients):
-                work, _ = self._gradient(work, params, hybrid.basis, batch)
+                work, _ = self._run.gradient(work, params, hybrid.basis, batch)
                 gradients += 1
             c = corrector.coefficients(work, config)
-            choices["corrected"] = (self._judge(self._move(params, hybrid.basis, c * unit)), c)
+            choices["corrected"] = (self._judge(self._run.move(params, hybrid.basis, c * unit)), c)
             candidates += 1
         self.calls["coefficient gradient"] += gradients
         choice = min(choices, key=lambda name: _finite(choices[name][0]))  # the first one at a tie: raw
@@ -352,7 +337,7 @@ class HybridTrainer:
         if not last and outcome.kept and config.snapshot == "probe":
             self._keep(state)
         if outcome.kept:
-            moved = self._move(params, hybrid.basis, c * unit)
+            moved = self._run.move(params, hybrid.basis, c * unit)
             state = self._set(state, moved)
             self._settled(state, 0)
         self.phases = advance(self.phases, config, 0)  # -> FULL
@@ -363,8 +348,8 @@ class HybridTrainer:
         hybrid = self.hybrid
         assert hybrid is not None
         key = jax.random.fold_in(jax.random.wrap_key_data(hybrid.key), 2**29 + self.totals.jumps)
-        self.hybrid = self._settle(
-            hybrid, self._get(state), self._direction(state), jnp.asarray(steps, jnp.int32), key=key
+        self.hybrid = self._run.settle(
+            hybrid, self._get(state), self._run.direction(state), jnp.asarray(steps, jnp.int32), key=key
         )
 
     def _learn(self, outcome: PhaseOutcome, c: Any, expected: float) -> None:
@@ -397,68 +382,6 @@ class HybridTrainer:
         state = self._probe(state, last=True)
         return state, self.outcomes[-1]
 
-    # saving ------------------------------------------------------------------------------------------------
-
-    def saved(self) -> dict[str, Any]:
-        """Everything that going on needs, as arrays; an open snapshot is given up, here and in what is read."""
-        if self.config.snapshot == "probe":
-            self._snapshot = None
-        window, phases = self.config.window, self.phases
-        fetched = jax.device_get(self._pending)
-        fill = [math.nan] * (window - len(fetched))
-        numbers = {
-            **asdict(self.totals),
-            "phase": int(phases.phase),
-            "in_phase": phases.in_phase,
-            "phase_step": phases.step,
-            "threshold": phases.threshold,
-            "diverging": phases.diverging,
-            "forced": -1 if phases.forced is None else int(phases.forced),
-            "probe_scale": self._probe_scale,
-            "backoff": self._backoff,
-            "retries": self._retries,
-            "last_error": self._last_error,
-            "predictor_finite": self._predictor_finite,
-            "pending": len(fetched),
-        }
-        return {
-            "arrays": _as_dict(self.hybrid),
-            "numbers": {name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()},
-            "losses": jnp.asarray([float(loss) for loss, _ in fetched] + fill),
-            "gradients": jnp.asarray([math.nan if g is None else float(g) for _, g in fetched] + fill),
-            "confidence": jnp.asarray(self._confidence or [math.nan] * (len(self.config.horizons) - 1)),
-        }
-
-    def restore(self, saved: dict[str, Any]) -> None:
-        """Go on from what `saved` gave; call it after `init`."""
-        self.hybrid = HybridState(**_tupled(saved["arrays"], _as_dict(self.hybrid)))
-        n = {name: float(value) for name, value in saved["numbers"].items()}
-        self.totals = Totals(**{name: type(old)(n[name]) for name, old in asdict(Totals()).items()})
-        self.phases = PhaseState(
-            phase=Phase(int(n["phase"])),
-            step=int(n["phase_step"]),
-            in_phase=int(n["in_phase"]),
-            threshold=n["threshold"],
-            diverging=bool(n["diverging"]),
-            forced=None if n["forced"] < 0 else Phase(int(n["forced"])),
-        )
-        self._probe_scale, self._backoff, self._retries = n["probe_scale"], n["backoff"], int(n["retries"])
-        self._last_error, self._predictor_finite = n["last_error"], bool(n["predictor_finite"])
-        pairs = zip(saved["losses"].tolist(), saved["gradients"].tolist(), strict=True)
-        self._pending = [(a, None if math.isnan(b) else b) for a, b in list(pairs)[: int(n["pending"])]]
-        told = saved["confidence"].tolist()
-        self._confidence = () if math.isnan(told[0]) else tuple(told)
-
 
 def _finite(loss: float) -> float:
     return loss if math.isfinite(loss) else math.inf
-
-
-def _as_dict(state: HybridState | None) -> dict[str, Any]:
-    assert state is not None
-    return {name: getattr(state, name) for name in state.__dataclass_fields__}
-
-
-def _tupled(saved: Any, like: Any) -> Any:
-    """Saved leaves in the containers they came from (files know no tuples of ours)."""
-    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(saved))
