@@ -3,10 +3,10 @@
     python -m benchmarks.hybrid --data DIR --task lm --out benchmarks/results/hybrid_lm.json
 
 Costs are full steps: a forward pass counts a third, and what a correction takes is taken from the real
-steps, so every method of a cell has cost the same. Three methods share a schedule (constant, WSD, cosine; peak
-rate tuned for each at the middle length, seed 100): `plain`; `end`, which stops earlier and corrects; `full`,
-which also jumps on the way. `end` follows the plain run, whose schedule it does not finish; `full` is a run of
-its own. Cells are added to the file one by one; what is in it is not run again.
+steps, so every method of a cell has cost the same. Three methods share a schedule (constant, WSD, cosine;
+peak rate tuned for each at the middle length, seed 100): `plain`; `end`, which stops earlier and corrects;
+`full`, which also jumps on the way. `end` follows the plain run, whose schedule it does not finish; `full` is
+a run of its own. Cells are added to the file one by one; what is in it is not run again.
 """
 
 import argparse
@@ -238,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             runs = [(LENGTHS[-1], LENGTHS)] if schedule == "constant" else [(n, (n,)) for n in LENGTHS]
             for total, branches in runs:
                 name = f"{schedule} {total} seed {seed}"
-                make = partial(shared_run, run, seed, schedule, peaks[schedule], total, branches)
+                make: Any = partial(shared_run, run, seed, schedule, peaks[schedule], total, branches)
                 cell("shared", name, make)
     slow = peaks["wsd"] / 10
     for seed in SEEDS:

@@ -69,7 +69,8 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 128) ->
     def batch(split: str, at: np.ndarray) -> Batch:
         context, mask, query = arrays[split]
         ids = targets[split][at]
-        return Batch(context[at], mask[at], query[at], np.asarray(corpus[ids]), ids, ids[:, None], at)
+        parts: list[Any] = [context[at], mask[at], query[at], np.asarray(corpus[ids]), ids, ids[:, None], at]
+        return Batch(*parts)
 
     def loss(params: Any, given: Batch) -> Any:
         inputs = (given.context, given.query, given.context_mask)

@@ -35,7 +35,8 @@ def scores(bandit: Bandit, features: Float[Array, " N"], exploration: float) -> 
     wanted = jnp.stack([bandit.reward, jnp.broadcast_to(x, bandit.reward.shape)], axis=-1)
     solved = jnp.linalg.solve(bandit.precision, wanted)  # [K, F, 2]
     bound = x @ solved[..., 0].T + exploration * jnp.sqrt(jnp.maximum(x @ solved[..., 1].T, 0.0))
-    return bound.at[0].set(0.0)
+    found: Array = bound.at[0].set(0.0)
+    return found
 
 
 def update(bandit: Bandit, arm: Array | int, features: Float[Array, " N"], reward: Array | float) -> Bandit:

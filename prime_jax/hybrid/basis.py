@@ -31,15 +31,19 @@ def optimizer_direction(opt_state: Any, like: Tree) -> Tree | None:
 
 
 def _same(one: Tree, other: Tree) -> bool:
-    same = jax.tree.structure(one) == jax.tree.structure(other)
-    return same and jax.tree.map(jnp.shape, one) == jax.tree.map(jnp.shape, other)
+    def shapes(tree: Tree) -> Tree:
+        return jax.tree.map(jnp.shape, tree)
+
+    one_structure: Any = jax.tree.structure(one)
+    return bool(one_structure == jax.tree.structure(other)) and bool(shapes(one) == shapes(other))
 
 
 def stored(tree: Tree, dtype: Any, key: PRNGKeyArray) -> Tree:
     """A float32 tree in the dtype that is kept; bfloat16 is rounded stochastically, so right on average."""
     if jnp.dtype(dtype) == jnp.float32:
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-    leaves, structure = jax.tree.flatten(tree)
+    leaves: list[Array] = jax.tree.leaves(tree)
+    structure: Any = jax.tree.structure(tree)
     seeds = jax.random.bits(key, (len(leaves),), jnp.uint32)
     return structure.unflatten([_rounded(leaf, seeds[at]) for at, leaf in enumerate(leaves)])
 
@@ -87,7 +91,8 @@ def best_coefficients(
     """Ridge solution per group, in units of each tree's length."""
     scale = jnp.sqrt(jnp.maximum(jnp.diagonal(inner, axis1=1, axis2=2), _SMALL))
     cosines = inner / (scale[:, :, None] * scale[:, None, :]) + ridge * jnp.eye(inner.shape[-1])
-    return jnp.linalg.solve(cosines, (onto / scale)[..., None])[..., 0] / scale
+    found: Array = jnp.linalg.solve(cosines, (onto / scale)[..., None])[..., 0] / scale
+    return found
 
 
 def misfit(a: Array, inner: Array, onto: Array, square: Array) -> Array:
@@ -104,7 +109,8 @@ def cosine(a: Array, inner: Array, onto: Array, square: Array) -> Array:
 
 def jumped(params: Tree, basis: tuple[Tree, ...], a: Float[Array, "G P"]) -> Tree:
     """Weights moved by `sum_p a[g, p] B_p`, in their own dtype."""
-    leaves, structure = jax.tree.flatten(params)
+    leaves: list[Array] = jax.tree.leaves(params)
+    structure: Any = jax.tree.structure(params)
     parts = [jax.tree.leaves(tree) for tree in basis]
     moved = []
     for g, leaf in enumerate(leaves):

@@ -19,7 +19,7 @@ class Calibration(NamedTuple):
         trend: That of the linear trend, `[H]`.
         bins: How often the loss fell in each tenth of its predicted distribution, `[H, 10]`.
         inside: How often it fell into the one-sigma interval, `[H]`.
-        count: Predictions judged, `[H]`.
+        judged: Predictions judged, `[H]`.
         last: Last error in calibrated deviations, `[H]`.
         confidence: 0 to 1, what a phase decision reads, `[H]`.
     """
@@ -30,7 +30,7 @@ class Calibration(NamedTuple):
     trend: Float[Array, " H"]
     bins: Float[Array, "H 10"]
     inside: Float[Array, " H"]
-    count: Float[Array, " H"]
+    judged: Float[Array, " H"]
     last: Float[Array, " H"]
     confidence: Float[Array, " H"]
 
@@ -66,7 +66,7 @@ def judge(
     width = jnp.maximum(sigma * jnp.exp(old.log_scale), 1e-12)
     off = (loss - mean) / width
     inside = (jnp.abs(off) <= 1).astype(jnp.float32)
-    keep = jnp.minimum(_FORGET, old.count / (old.count + 1))
+    keep = jnp.minimum(_FORGET, old.judged / (old.judged + 1))
 
     def mixed(before: Array, now: Array) -> Array:
         return keep * before + (1 - keep) * now
@@ -79,10 +79,10 @@ def judge(
         trend=mixed(old.trend, (loss - trend) ** 2),
         bins=old.bins.at[jnp.arange(len(mean)), tenth].add(1.0),
         inside=old.inside + inside,
-        count=old.count + 1,
+        judged=old.judged + 1,
         last=jnp.clip(off, -10.0, 10.0),
     )
-    seen = new.count / (new.count + 5)
+    seen = new.judged / (new.judged + 5)
     new = new._replace(confidence=jnp.clip(skill(new), 0.0, 1.0) * seen)
     good = due & jnp.isfinite(off)
     kept = [jnp.where(good[:, None] if a.ndim == 2 else good, a, b) for a, b in zip(new, old, strict=True)]

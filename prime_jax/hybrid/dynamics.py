@@ -61,7 +61,8 @@ def _member(key: PRNGKeyArray, groups: int, config: HybridConfig) -> Params:
 
 
 def _linear(layer: Any, x: Array) -> Array:
-    return x @ layer["w"] + layer["b"]
+    told: Array = x @ layer["w"] + layer["b"]
+    return told
 
 
 def _gru(params: Params, h: Array, x: Array) -> Array:

@@ -159,7 +159,7 @@ def observe(
     ahead = jnp.asarray(windows_of(config))
     rows = old.promised[ahead - 1, jnp.arange(len(ahead))]
     due = old.observed >= ahead + TREND
-    calibration = judging.judge(old.calibration, *rows.T, mean, due)
+    calibration = judging.judge(old.calibration, rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], mean, due)
     # features
     ends = jnp.array([0, len(config.ema_steps) - 1, config.basis - 2, config.basis - 1])
     diagonal = jnp.sqrt(jnp.sum(jnp.diagonal(inner, axis1=1, axis2=2), axis=0)[ends])
@@ -318,7 +318,8 @@ def spread(means: Array) -> Float[Array, ""]:
 
 def _unit(inner: Array, square: Array) -> Array:
     length = jnp.diagonal(inner, axis1=1, axis2=2)
-    return jnp.sqrt(square[:, None] / jnp.maximum(length, 1e-12)) * (length > 1e-12)
+    found: Array = jnp.sqrt(square[:, None] / jnp.maximum(length, 1e-12)) * (length > 1e-12)
+    return found
 
 
 def _difference(one: Tree, other: Tree) -> Tree:
