@@ -1,0 +1,169 @@
+"""The two tasks of `hybrid.py`, small enough for one core: batches, a loss, control and validation sets.
+
+`embed`: the embedding predictor on a data folder. `lm`: a byte-level language model on the same
+folder's passages.
+Control rows are taken from training rows, so that every method trains on the same rest.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from prime_jax.data.embedded import embed_dataset
+from prime_jax.data.encode import load_encoder
+from prime_jax.data.prepare import prepare
+from prime_jax.data.records import load_dataset
+from prime_jax.losses.objective import Objective
+from prime_jax.models.prime import PredictorConfig
+from prime_jax.train.state import build_graph, pure_params
+from prime_jax.types import Batch
+
+CONTROL = 4  # batches kept aside
+
+
+class Task(NamedTuple):
+    """What is trained.
+
+    Attributes:
+        init: Weights from a seed.
+        loss: `(weights, batch) -> loss`.
+        batches: `(seed, step) -> batch`: the order of a run.
+        control: Batches that decide what stays.
+        validation: Batches that everything is judged on, once.
+        about: Sizes, for the file of results.
+    """
+
+    init: Callable[[int], Any]
+    loss: Callable[[Any, Any], Any]
+    batches: Callable[[int, int], Any]
+    control: list[Any]
+    validation: list[Any]
+    about: dict[str, Any]
+
+
+def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 128) -> Task:
+    """The embedding predictor: InfoNCE within the batch, no dropout."""
+    encoder = load_encoder("minilm")
+    dataset, store = prepare(folder, ("train", "dev"), encoder)
+    data = embed_dataset(dataset, store, max_context_length=turns)
+    corpus = data.corpus()
+    model = PredictorConfig(
+        input_dim=encoder.dim,
+        output_dim=encoder.dim,
+        hidden_dim=hidden,
+        num_layers=2,
+        num_heads=4,
+        max_context_length=turns,
+        residual="copy",
+        dropout=0.0,
+    )
+    graph, objective = build_graph(model, jnp.float32), Objective(temperature=0.05)
+    arrays = {name: data.splits[name].arrays(store) for name in ("train", "dev")}
+    targets = {name: np.array([ids[0] for ids in data.splits[name].positives]) for name in arrays}
+
+    def batch(split: str, at: np.ndarray) -> Batch:
+        context, mask, query = arrays[split]
+        ids = targets[split][at]
+        parts: list[Any] = [context[at], mask[at], query[at], np.asarray(corpus[ids]), ids, ids[:, None], at]
+        return Batch(*parts)
+
+    def loss(params: Any, given: Batch) -> Any:
+        inputs = (given.context, given.query, given.context_mask)
+        prediction = nnx.merge(graph, params).details(*inputs, dropout_key=None)
+        return objective(prediction, given, {})[0]
+
+    random = np.random.default_rng(0)
+    shuffled = random.permutation(len(targets["train"]))
+    kept, trained = np.split(shuffled, [CONTROL * rows])
+    dev = random.permutation(len(targets["dev"]))[: len(targets["dev"]) // rows * rows]
+
+    def batches(seed: int, step: int) -> Batch:
+        per_epoch = len(trained) // rows
+        order = np.random.default_rng((seed, step // per_epoch)).permutation(trained)
+        at = step % per_epoch * rows
+        return batch("train", order[at : at + rows])
+
+    return Task(
+        lambda seed: pure_params(model.build(rngs=nnx.Rngs(seed))),
+        loss,
+        batches,
+        [batch("train", part) for part in np.split(kept, CONTROL)],
+        [batch("dev", part) for part in np.split(dev, len(dev) // rows)],
+        {"batch": rows, "hidden": hidden, "turns": turns, "train rows": len(trained), "dev rows": len(dev)},
+    )
+
+
+def lm(folder: Path, *, rows: int = 8, length: int = 64, width: int = 64, layers: int = 2) -> Task:
+    """A byte-level transformer language model; validation is the dev documents' own passages' text."""
+    dataset = load_dataset(folder, ("train", "dev"))
+    later = {name for example in dataset.splits["dev"] for name in example.positives}
+    joined = {
+        part: np.frombuffer(
+            "\n\n".join(p.text for p in dataset.corpus if (p.id in later) == (part == "dev")).encode(),
+            np.uint8,
+        )
+        for part in ("train", "dev")
+    }
+    random = np.random.default_rng(0)
+    cut = len(joined["train"]) - 40_000
+    pieces = {"train": joined["train"][:cut], "control": joined["train"][cut:], "dev": joined["dev"]}
+
+    def batch(part: str, generator: np.random.Generator) -> np.ndarray:
+        text = pieces[part]
+        starts = generator.integers(0, len(text) - length - 1, rows)
+        return np.stack([text[at : at + length + 1] for at in starts]).astype(np.int32)
+
+    def init(seed: int) -> Any:
+        keys = iter(jax.random.split(jax.random.key(seed), 4 * layers + 2))
+
+        def matrix(*shape: int, scale: float = 1.0) -> Any:
+            return jax.random.normal(next(keys), shape) * scale / np.sqrt(shape[0])
+
+        blocks = [
+            {
+                "qkv": matrix(width, 3 * width),
+                "out": matrix(width, width, scale=0.5),
+                "up": matrix(width, 4 * width),
+                "down": matrix(4 * width, width, scale=0.5),
+                "scale": jnp.ones((2, width)),
+            }
+            for _ in range(layers)
+        ]
+        return {
+            "embed": matrix(256, width, scale=4.0),
+            "position": matrix(length, width, scale=1.0),
+            "blocks": blocks,
+            "last": jnp.ones(width),
+        }
+
+    def norm(x: Any, scale: Any) -> Any:
+        return x * scale * jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-6)
+
+    def loss(params: Any, text: Any) -> Any:
+        x = params["embed"][text[:, :-1]] + params["position"]
+        for block in params["blocks"]:
+            q, k, v = jnp.split(norm(x, block["scale"][0]) @ block["qkv"], 3, axis=-1)
+            q, k, v = (part.reshape(*part.shape[:2], 4, width // 4) for part in (q, k, v))
+            attended = jax.nn.dot_product_attention(q, k, v, is_causal=True)
+            x = x + attended.reshape(x.shape) @ block["out"]
+            x = x + jax.nn.gelu(norm(x, block["scale"][1]) @ block["up"]) @ block["down"]
+        logits = norm(x, params["last"]) @ params["embed"].T / np.sqrt(width)
+        told = jax.nn.log_softmax(logits)
+        return -jnp.mean(jnp.take_along_axis(told, text[:, 1:, None], axis=-1))
+
+    return Task(
+        init,
+        loss,
+        lambda seed, step: batch("train", np.random.default_rng((seed, step))),
+        [batch("control", random) for _ in range(CONTROL)],
+        [batch("dev", random) for _ in range(128)],
+        {"batch": rows, "length": length, "width": width, "layers": layers, "bytes": len(pieces["train"])},
+    )
+
+
+TASKS: dict[str, Callable[[Path], Task]] = {"embed": embed, "lm": lm}
