@@ -3,8 +3,12 @@
 import csv
 import io
 import json
+import math
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -34,14 +38,15 @@ class Totals:
     divergences: int = 0
     rollbacks: int = 0
 
-    def summary(self) -> dict[str, float]:
+    def summary(self) -> dict[str, int | float]:
         """Totals and shares: `overhead` is cost per real step."""
         return {**asdict(self), "overhead": self.cost / max(1, self.steps)}
 
 
 def to_json(rows: Sequence[Row], totals: Totals) -> str:
-    """Everything as JSON."""
-    return json.dumps({"totals": totals.summary(), "rows": list(rows)}, indent=1) + "\n"
+    """Everything as JSON; a number that is none (a loss that ran away) becomes null."""
+    known = [{name: _finite(value) for name, value in row.items()} for row in rows]
+    return json.dumps({"totals": totals.summary(), "rows": known}, indent=1, allow_nan=False) + "\n"
 
 
 def to_csv(rows: Sequence[Row]) -> str:
@@ -61,3 +66,29 @@ def console(totals: Totals) -> str:
         f"steps ({totals.summary()['overhead']:.2%}); {totals.divergences} divergences, "
         f"{totals.rollbacks} rollbacks"
     )
+
+
+def write(folder: Path, rows: Sequence[Row], totals: Totals) -> None:
+    """Write `hybrid.json` and `hybrid.csv` into a folder, which is made; a reader never sees half a file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "hybrid.json", to_json(rows, totals))
+    _write(folder / "hybrid.csv", to_csv(rows))
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(path: Path, text: str) -> None:
+    """As `prime_jax.files` does, which this part may not import."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -5,6 +5,7 @@
     for batch in batches:
         state, metrics = trainer.step(state, batch)
     state, outcome = trainer.finish(state)
+    print(trainer.report(folder))
 
 The user's step stays untouched and makes every real step; with `enabled: false`, or `predict` and `correct`
 both off, nothing else happens. Jumps cost at most `probe_share` of the real steps. The schedule of the
@@ -15,6 +16,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +25,7 @@ import jax.numpy as jnp
 from prime_jax.hybrid import bandit, corrector, residuals
 from prime_jax.hybrid.divergence import Action, DivergedError, Signals, actions, assess, measure
 from prime_jax.hybrid.dynamics import init_dynamics
-from prime_jax.hybrid.metrics import Totals
+from prime_jax.hybrid.metrics import Totals, console, write
 from prime_jax.hybrid.phases import Phase, PhaseOutcome, PhaseState, advance, force_phase
 from prime_jax.hybrid.programs import programs
 from prime_jax.hybrid.saving import Resumable
@@ -381,6 +383,11 @@ class HybridTrainer(Resumable):
         self.phases = replace(self.phases, phase=Phase.PREDICT, horizon=horizon)
         state = self._probe(state, last=True)
         return state, self.outcomes[-1]
+
+    def report(self, folder: Path) -> str:
+        """Write totals and rows to `hybrid.json` and `hybrid.csv` in a folder; gives one line for people."""
+        write(folder, self.rows, self.totals)
+        return console(self.totals)
 
 
 def _finite(loss: float) -> float:
