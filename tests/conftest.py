@@ -21,6 +21,8 @@ LONGEST = (
     "test_mcs_search.py",
     "test_trained_run.py",
     "test_sharding.py",
+    "test_encoders.py",
+    "test_layers.py",
 )
 
 
