@@ -218,7 +218,8 @@ def test_one_question_on_two_lines_is_not_its_own_negative(tmp_path: Path) -> No
     words = ["--data", str(tmp_path), "--encoder", "fakes:encoder", "--clusters", f"{CLUSTERS}"]
     assert steering_builder.main([*words, "--tiers", "1", "1", "1", "1"]) == 0
     config = settings(tmp_path, "jasper")
-    data, _, steering = prepared(config)
+    ready = prepared(config)
+    data, steering = ready.data, ready.steering
     assert steering is not None
     rights = steered_rows(config, data, steering).rights()
     same = {train_rows[0].positives[0], twin.positives[0]}
