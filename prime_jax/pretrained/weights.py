@@ -59,7 +59,7 @@ class Weights:
         self._taken: set[str] = set()
         self._paths = weight_files(folder)
         for path in self._paths:
-            for stored in _opened(path).keys():  # noqa: SIM118 (the handle is no dict and cannot be iterated)
+            for stored in [*_opened(path).keys()]:  # the handle is no dict and cannot be iterated
                 name = rename(stored)
                 if name in self._found:
                     other = self._found[name][1]
