@@ -41,9 +41,9 @@ def encoder_of(predictor: "Predictor") -> Encoder:
         ConfigError: If it carries neither.
         DataError: If the encoder's folder is incomplete or damaged.
     """
-    folder = Path(predictor.info().get("source", "")) / FOLDER
-    if is_pair(folder):
-        return load_pair(folder)
+    source = predictor.info().get("source")
+    if source and is_pair(Path(source) / FOLDER):
+        return load_pair(Path(source) / FOLDER)
     if predictor.config is None:
         raise ConfigError(
             "this predictor carries no encoder and does not name one; give predict_text an encoder"

@@ -47,14 +47,7 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
     clip = (
         optax.clip_by_global_norm(config.gradient_clip_val) if config.gradient_clip_val else optax.identity()
     )
-    optimizer = optax.chain(
-        clip,
-        adamw,
-        _slowed(TARGET_HEAD, config.y_encoder_lr_multiplier),
-        _slowed(X, config.x_encoder_lr_multiplier),
-        _slowed(Y, 0.0 if config.y_encoder == "ema" else config.y_encoder_lr_multiplier),
-        _slowed_layers(0.0 if layers_frozen(config) else config.layers_lr_multiplier, config.layer_decay),
-    )
+    optimizer = optax.chain(clip, adamw, _paced(config))  # three states, as in the files of format 1
     if config.accumulate_grad_batches == 1:
         return optimizer
     return optax.MultiSteps(optimizer, config.accumulate_grad_batches).gradient_transformation()
@@ -75,33 +68,33 @@ def _moved(without_layers: bool, without_y: bool, params: Any) -> Any:
     return kept
 
 
-def _slowed_layers(share: float, decay: float) -> optax.GradientTransformation:
-    """Move layer i of L by `share * decay ** (L - 1 - i)` of what it would move otherwise."""
+def _paced(config: TrainingConfig) -> optax.GradientTransformation:
+    """Heads, encoders and layers move by a share of what they would move otherwise."""
+    shares = {
+        TARGET_HEAD: config.y_encoder_lr_multiplier,
+        X: config.x_encoder_lr_multiplier,
+        Y: 0.0 if config.y_encoder == "ema" else config.y_encoder_lr_multiplier,
+    }
+    of_layers = 0.0 if layers_frozen(config) else config.layers_lr_multiplier
 
     def scale(updates: Any, params: Any = None) -> Any:
+        paced = {name: _scaled(shares.get(name, 1.0), part) for name, part in updates.items()}
         layers = updates.get(MODEL, {}).get(LAYERS)
-        if layers is None or (share, decay) == (1.0, 1.0):
-            return updates
-        slowed = {}
-        for number, layer in layers.items():
-            part = share * decay ** (len(layers) - 1 - int(number))
-            slowed[number] = jax.tree.map(lambda leaf, part=part: part * leaf, layer)
-        return {**updates, MODEL: {**updates[MODEL], LAYERS: slowed}}
+        if layers is not None and (of_layers, config.layer_decay) != (1.0, 1.0):
+            of_layer = {
+                name: of_layers * config.layer_decay ** (len(layers) - 1 - int(name)) for name in layers
+            }
+            slowed = {name: _scaled(of_layer[name], layer) for name, layer in layers.items()}
+            paced[MODEL] = {**updates[MODEL], LAYERS: slowed}
+        return paced
 
     return optax.stateless(scale)
+
+
+def _scaled(share: float, updates: Any) -> Any:
+    return updates if share == 1.0 else jax.tree.map(lambda leaf: share * leaf, updates)
 
 
 def _frozen(path: Any) -> bool:
     """Whether this is never trained: centroids get no gradient, and without decay they stay as they are."""
     return any(getattr(part, "key", None) == CENTROIDS for part in path)
-
-
-def _slowed(name: str, share: float) -> optax.GradientTransformation:
-    """Move the parameters under `name` by a share of what they would move otherwise."""
-
-    def scale(updates: Any, params: Any = None) -> Any:
-        if name not in updates:
-            return updates
-        return {**updates, name: jax.tree.map(lambda leaf: share * leaf, updates[name])}
-
-    return optax.stateless(scale)

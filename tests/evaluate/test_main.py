@@ -12,6 +12,7 @@ from prime_jax.data.records import Dataset, Example, Passage, load_dataset, writ
 from prime_jax.data.store import text_key
 from prime_jax.evaluate import run as run_module
 from prime_jax.evaluate.__main__ import main
+from prime_jax.predict import text as text_module
 from prime_jax.predict.predictor import Predictor
 
 DIM = 16
@@ -86,7 +87,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def start(fake: FakeRun, *more: str) -> int:
         monkeypatch.setattr(run_module, "load", lambda path, precision: fake)
-        monkeypatch.setattr(run_module, "load_encoder", lambda name: WordEncoder())
+        monkeypatch.setattr(text_module, "load_encoder", lambda name: WordEncoder())
         folders = ["--run", "runs/x", "--data", str(prepared), "--out", str(tmp_path / "report")]
         return main([*folders, "--store", str(tmp_path / "store"), *more])
 
