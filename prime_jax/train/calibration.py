@@ -1,9 +1,10 @@
 """Fitting a `Confidence` on the validation split, each time a checkpoint is scored.
 
-The probability is a logistic regression of few features with a little ridge, fitted on whether dev queries
-found a right passage among their first five. The guard's ramp comes from how near dev queries lie to the
-centres of the training queries; the guard only ever lets predictions through when dev shows that they beat
-the plain query (one-sided test of the reciprocal rank, whole conversations as units, p < 0.01).
+The probability is a logistic regression of few features, fitted on whether dev queries found a right passage
+among their first five; its ridge is the one under which conversations left out are foretold best. The guard's
+ramp comes from how near dev queries lie to the centres of the training queries; the guard only ever lets
+predictions through when dev shows that they beat the plain query (one-sided test of the reciprocal rank,
+whole conversations as units, p < 0.01).
 """
 
 import warnings
@@ -22,7 +23,8 @@ from prime_jax.retrieval.vectors import unit
 CENTRES = 64
 QUERIES_PER_CENTRE = 10  # fewer could be told apart in the file
 RAMP = (0.05, 0.2)  # shares of dev queries that are not trusted at all, and not fully
-RIDGE = 5.0  # validation splits are often small
+RIDGES = (1.0, 5.0, 25.0, 125.0, 625.0)  # validation splits are often small
+FOLDS = 5
 LEVEL = 0.01
 FEWEST_GROUPS = 10
 
@@ -76,15 +78,17 @@ def fit(
     )
     mean, scale = values.mean(axis=0), values.std(axis=0)
     scale = np.where(scale > 1e-6, scale, 1.0)
-    weights, bias = _logistic((values - mean) / scale, hit.astype(np.float64))
+    lowest, highest = values.min(axis=0), values.max(axis=0)
+    values, right = (values - mean) / scale, hit.astype(np.float64)
+    weights, bias = _logistic(values, right, _best_ridge(values, right, groups))
     low, high = np.quantile(nearest(query, query_centres), RAMP)
     return Confidence(
         weights=weights.astype(np.float32),
         bias=np.asarray([bias], np.float32),
         mean=mean.astype(np.float32),
         scale=scale.astype(np.float32),
-        low=values.min(axis=0).astype(np.float32),
-        high=values.max(axis=0).astype(np.float32),
+        low=lowest.astype(np.float32),
+        high=highest.astype(np.float32),
         query_centres=query_centres,
         answer_centres=answer_centres,
         ramp=np.asarray([min(low, high - 1e-3), high], np.float32),
@@ -104,7 +108,31 @@ def _surely_positive(gain: Float[ndarray, " B"], groups: Shaped[ndarray, " B"] |
     return bool(ttest_1samp(gain, 0.0, alternative="greater").pvalue < LEVEL)
 
 
-def _logistic(values: Float[ndarray, "B F"], hit: Float[ndarray, " B"]) -> tuple[ndarray, float]:
+def _best_ridge(
+    values: Float[ndarray, "B F"], hit: Float[ndarray, " B"], groups: Shaped[ndarray, " B"] | None
+) -> float:
+    """The ridge whose fits say the most likely things of groups that they have not seen."""
+    labels = np.arange(len(hit)) if groups is None else np.unique(groups, return_inverse=True)[1]
+    count = int(labels.max()) + 1
+    if count < FEWEST_GROUPS:
+        return RIDGES[2]
+    fold = np.random.default_rng(0).permutation(count)[labels] % FOLDS
+
+    def surprise(ridge: float) -> float:
+        total = 0.0
+        for number in range(FOLDS):
+            fitted, rest = fold != number, fold == number
+            weights, bias = _logistic(values[fitted], hit[fitted], ridge)
+            logits = values[rest] @ weights + bias
+            total += float(np.sum(np.logaddexp(0, logits) - hit[rest] * logits))
+        return total
+
+    return min(reversed(RIDGES), key=surprise)
+
+
+def _logistic(
+    values: Float[ndarray, "B F"], hit: Float[ndarray, " B"], ridge: float
+) -> tuple[ndarray, float]:
     """Weights and offset of a ridge logistic regression; half a hit and half a miss keep it off 0 and 1."""
     count = values.shape[1]
 
@@ -113,8 +141,8 @@ def _logistic(values: Float[ndarray, "B F"], hit: Float[ndarray, " B"]) -> tuple
         ends = np.logaddexp(0, logits) - hit * logits
         smooth = 0.5 * np.logaddexp(0, theta[count]) + 0.5 * np.logaddexp(0, -theta[count])
         error = expit(logits) - hit
-        slope = np.append(values.T @ error + RIDGE * theta[:count], error.sum() + expit(theta[count]) - 0.5)
-        return ends.sum() + smooth + 0.5 * RIDGE * np.sum(theta[:count] ** 2), slope
+        slope = np.append(values.T @ error + ridge * theta[:count], error.sum() + expit(theta[count]) - 0.5)
+        return ends.sum() + smooth + 0.5 * ridge * np.sum(theta[:count] ** 2), slope
 
     found = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B").x
     return found[:count], float(found[count])

@@ -7,7 +7,8 @@ from sklearn.linear_model import LogisticRegression
 from prime_jax.evaluate.reliability import calibration_error
 from prime_jax.models.confidence import Confidence, features
 from prime_jax.retrieval.vectors import unit
-from prime_jax.train.calibration import QUERIES_PER_CENTRE, RIDGE, centres_of, fit
+from prime_jax.train import calibration
+from prime_jax.train.calibration import QUERIES_PER_CENTRE, RIDGES, centres_of, fit
 
 DIM, TURNS = 16, 3
 
@@ -57,14 +58,31 @@ def test_is_calibrated_on_queries_that_it_has_not_seen() -> None:
     assert said[right].mean() > said[~right].mean() + 0.2
 
 
-def test_the_weights_are_those_of_ridge_logistic_regression() -> None:
+@pytest.mark.parametrize("ridge", RIDGES)
+def test_the_weights_are_those_of_ridge_logistic_regression(ridge: float, monkeypatch) -> None:
+    monkeypatch.setattr(calibration, "RIDGES", (ridge,))
     found = fitted()
     context, mask, query, predicted = split(2000, 0)
     values = features(context, mask, query, predicted, found.query_centres, found.answer_centres, TURNS)
-    peer = LogisticRegression(C=1 / RIDGE, tol=1e-8, max_iter=1000)
+    peer = LogisticRegression(C=1 / ridge, tol=1e-8, max_iter=1000)
     peer.fit((values - found.mean) / found.scale, truth(query, predicted, 1))
     np.testing.assert_allclose(found.weights, peer.coef_[0], atol=2e-3)
     np.testing.assert_allclose(found.bias, peer.intercept_, atol=2e-3)
+
+
+def test_features_that_tell_nothing_are_held_down_and_those_that_tell_much_are_not() -> None:
+    """On 150 queries: chance looks like a pattern there, and misleads elsewhere."""
+    context, mask, query, predicted = split(150, 0)
+    centres = {"query_centres": centres_of(queries(400, 3)), "answer_centres": centres_of(predicted)}
+    told = {}
+    for name, hit in (
+        ("chance", np.random.default_rng(5).random(150) < 0.4),
+        ("truth", truth(query, predicted, 1)),
+    ):
+        found = fit(context, mask, query, predicted, hit=hit, gain=np.zeros(150), **centres)
+        told[name] = found.probability(*split(2000, 10))
+    assert told["chance"].std() < 0.05
+    assert told["truth"].std() > 0.15
 
 
 def test_foreign_queries_are_not_trusted_and_typical_ones_are() -> None:
