@@ -18,9 +18,9 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
     """Predictions `[Q, E]` for a split, by what was taken away.
 
     `no context`: without turns; `other context`: with the turns of a random other query; `no query`: a zero
-    vector in its place; `no residual`: what the network adds, alone (only for models with a residual). A part
-    that is taken away from a trained model costs at least as much as it would cost a model that was trained
-    without it.
+    vector in its place; `no residual`: what the network adds, alone (only for models with a residual);
+    `no linear map` (only where there is one). A part that is taken away from a trained model costs at least
+    as much as it would cost a model that was trained without it.
 
     Args:
         predictor: The trained model.
@@ -34,25 +34,41 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
         "other context": predictor.predict(test.context[others], test.query, test.mask[others]),
         "no query": predictor.predict(test.context, np.zeros_like(test.query), test.mask),
     }
-    if isinstance(predictor.model, EmbeddingPredictor) and predictor.model.config.residual != "none":
-        alone = Predictor.from_model(without_residual(predictor.model), precision="float32")
-        found["no residual"] = alone.predict(test.context, test.query, test.mask)
+    if isinstance(predictor.model, EmbeddingPredictor):
+        parts = {"none": (), "linear": (without_residual, without_linear_map)}
+        for take_away in parts.get(predictor.model.config.residual, (without_residual,)):
+            rest = Predictor.from_model(take_away(predictor.model), precision="float32")
+            name = take_away.__name__.replace("without", "no").replace("_", " ")
+            found[name] = rest.predict(test.context, test.query, test.mask)
     return found
 
 
 def without_residual(model: EmbeddingPredictor) -> EmbeddingPredictor:
-    """The model that answers with what its network adds to the residual, and nothing else."""
+    """The model that answers with what its layers add to the residual, and nothing else."""
     config = model.config.model_copy(
         update={"residual": "none", "max_delta": None, "use_torch_compile": False}
     )
     bare = config.build(rngs=nnx.Rngs(0))
     weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     gate = weights.pop("residual_gate")
-    for name in ("copy_age", "copy_content"):
+    for name in ("copy_age", "copy_content", "linear_map"):
         weights.pop(name, None)
     # The answer is scaled to length 1, so of the gate only its sign is left.
     sign = jnp.where(gate < 0, -1.0, 1.0)
     weights["output_proj"] = {name: sign * value for name, value in weights["output_proj"].items()}
+    state = nnx.state(bare, nnx.Param)
+    nnx.replace_by_pure_dict(state, weights)
+    nnx.update(bare, state)
+    return bare
+
+
+def without_linear_map(model: EmbeddingPredictor) -> EmbeddingPredictor:
+    """The model with the residual 'copy' in place of 'linear'."""
+    bare = model.config.model_copy(update={"residual": "copy", "use_torch_compile": False}).build(
+        rngs=nnx.Rngs(0)
+    )
+    weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    weights.pop("linear_map")
     state = nnx.state(bare, nnx.Param)
     nnx.replace_by_pure_dict(state, weights)
     nnx.update(bare, state)

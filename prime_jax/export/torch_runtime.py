@@ -28,7 +28,8 @@ from torch.nn import functional
 
 FORMATS = (1, 2)  # versions of manifest.json that this file reads
 _DTYPES = {"F32": torch.float32, "BOOL": torch.bool}
-_CHOICES = {"context_attention": ("full", "prefix", "causal"), "residual": ("none", "query", "copy")}
+_RESIDUALS = ("none", "query", "copy", "linear")
+_CHOICES = {"context_attention": ("full", "prefix", "causal"), "residual": _RESIDUALS}
 
 
 class PredictorError(Exception):
@@ -161,15 +162,19 @@ class EmbeddingPredictor(nn.Module):
         self.norm = norm(config)
         if config.residual != "none":
             self.residual_gate = nn.Parameter(torch.zeros(()))
-        if config.residual == "copy":
+        if config.residual in ("copy", "linear"):
             mix = 0.5 * 0.7 ** torch.arange(config.max_context_length, dtype=torch.float32)
             self.copy_age = nn.Parameter(mix.expm1().log())  # softplus of it is the recency mix
             self.copy_content = nn.Parameter(torch.zeros(hidden))
+        if config.residual == "linear":
+            self.linear_map = nn.Linear(2 * config.input_dim, config.output_dim)
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if config.residual == "linear":
+            nn.init.zeros_(self.linear_map.weight)
 
     def forward(self, context: Tensor, query: Tensor, context_mask: Tensor | None = None) -> Tensor:
         """Predict the embedding of the passage to retrieve.
@@ -209,7 +214,11 @@ class EmbeddingPredictor(nn.Module):
 
         delta = self.output_proj(self.norm(x[:, 0]))
         if self.config.residual != "none":
-            delta = self._base(context, query, context_mask, turns) + self._capped(delta)
+            base, delta = self._mixed(context, query, context_mask, turns), self.residual_gate * delta
+            if self.config.residual == "linear":
+                given = torch.cat([query, base - query], dim=1)
+                delta = delta + self.linear_map(functional.dropout(given, self.config.dropout, self.training))
+            delta = base + self._capped(delta)
         return functional.normalize(delta, dim=-1)
 
     def get_num_params(self) -> int:
@@ -262,7 +271,7 @@ class EmbeddingPredictor(nn.Module):
         }
         return _with_weights(PredictorConfig.from_dict(config, path), whole, path)
 
-    def _base(self, context: Tensor, query: Tensor, context_mask: Tensor, turns: Tensor) -> Tensor:
+    def _mixed(self, context: Tensor, query: Tensor, context_mask: Tensor, turns: Tensor) -> Tensor:
         """What the prediction is added to: the query, or query plus a learned mix of the turns, `[B, D]`."""
         if self.config.residual == "query":
             return query
@@ -273,37 +282,27 @@ class EmbeddingPredictor(nn.Module):
         return query + torch.einsum("bn,bnd->bd", weights, context)
 
     def _capped(self, delta: Tensor) -> Tensor:
-        delta = delta * self.residual_gate
         if self.config.max_delta is None:
             return delta
         norm: Tensor = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
         return delta * (self.config.max_delta * norm.clamp(min=1e-12).reciprocal()).clamp(max=1.0)
 
     def _check(self, context: Tensor, query: Tensor, context_mask: Tensor | None) -> None:
-        config = self.config
+        config, turns, asked = self.config, tuple(context.shape), tuple(query.shape)
         if context.ndim != 3 or query.ndim != 2:
-            raise PredictorError(
-                f"context must have shape [B, N, D] and query [B, D], "
-                f"got {tuple(context.shape)} and {tuple(query.shape)}"
-            )
+            raise PredictorError(f"context must be [B, N, D] and query [B, D], they are {turns} and {asked}")
         if not (context.is_floating_point() and query.is_floating_point()):
             raise PredictorError(
                 f"context is {context.dtype} and query {query.dtype}, expected floating-point embeddings"
             )
-        if context.shape[2] != config.input_dim:
+        if turns[2] != config.input_dim:
+            raise PredictorError(f"context has dimension {turns[2]}, the model takes {config.input_dim}")
+        if asked != (turns[0], config.input_dim):
             raise PredictorError(
-                f"context has dimension {context.shape[2]}, the model takes {config.input_dim}"
+                f"query has shape {asked}, expected ({turns[0]}, {config.input_dim}) to go with the context"
             )
-        if query.shape != (context.shape[0], config.input_dim):
-            raise PredictorError(
-                f"query has shape {tuple(query.shape)}, expected ({context.shape[0]}, {config.input_dim}) "
-                "to go with the context"
-            )
-        if context.shape[1] > config.max_context_length:
-            raise PredictorError(
-                f"context has {context.shape[1]} turns, the model takes at most {config.max_context_length}; "
-                "pass the newest ones"
-            )
+        if turns[1] > (most := config.max_context_length):
+            raise PredictorError(f"context has {turns[1]} turns, the model takes at most {most}, the newest")
         if context_mask is None:
             return
         if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:

@@ -15,7 +15,7 @@ from pydantic import Field, model_validator
 
 from prime_jax.errors import PredictorError
 from prime_jax.models.base import ServedConfig
-from prime_jax.models.residual import gated
+from prime_jax.models.residual import capped
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.mlp import MLP
 from prime_jax.nn.remat import Remat
@@ -154,7 +154,7 @@ class JasperPredictor(SteeredModel):
         delta = self.output_proj(self.head(jnp.concatenate(read, axis=-1), keys[2]))
         if self.config.residual == "none":
             return Prediction(unit(delta))
-        return Prediction(unit(question + gated(delta, self.residual_gate[...], self.config.max_delta)))
+        return Prediction(unit(question + capped(self.residual_gate[...] * delta, self.config.max_delta)))
 
 
 def steering_of(context: Any, query: Any, context_mask: Any, dim: int) -> Float[Array, "B D"]:

@@ -12,9 +12,9 @@ from pydantic import Field, model_validator
 from prime_jax.errors import PredictorError
 from prime_jax.models.base import ServedConfig
 from prime_jax.models.layers import InitFrom, check_block, llama_shape
-from prime_jax.models.residual import gated, query_with_turns
+from prime_jax.models.residual import capped, mixed_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
-from prime_jax.nn.linear import Linear, unit
+from prime_jax.nn.linear import Linear, dropout, unit
 from prime_jax.nn.llama import LlamaBlock, RMSNorm
 from prime_jax.nn.masks import ContextAttention, attention_mask, positions
 from prime_jax.nn.remat import Remat, rematerialised
@@ -37,7 +37,7 @@ class PredictorConfig(ServedConfig):
     max_context_length: int = Field(default=10, ge=1, le=50, description="most turns N that are looked at")
     dropout: float = Field(default=0.1, ge=0.0, le=0.5, description="dropout probability in training")
     context_attention: ContextAttention = Field(default="full", description="what turns may look at")
-    residual: Literal["none", "query", "copy"] = Field(
+    residual: Literal["none", "query", "copy", "linear"] = Field(
         default="none", description="what the prediction is added to"
     )
     max_delta: float | None = Field(
@@ -71,6 +71,11 @@ class PredictorConfig(ServedConfig):
             raise ValueError("max_delta caps what is added to a residual, but residual is 'none'")
         check_block(self)
         return self
+
+    @property
+    def copies_turns(self) -> bool:
+        """Whether a mix of the turns is added to the query."""
+        return self.residual in ("copy", "linear")
 
     @property
     def kv_heads(self) -> int:
@@ -111,6 +116,7 @@ class EmbeddingPredictor(nnx.Module):
     The sequence `[PRED], turns, query` goes through pre-norm transformer layers; the [PRED] token's answer,
     projected and normalised, is the prediction. With a `residual` the answer is added to the query, or to the
     query and a learned mix of the turns, through a gate that starts at zero: training starts at a baseline.
+    The residual 'linear' also adds a linear map, zero at first, of the query and that mix.
 
     Args:
         config: Shape and behaviour.
@@ -133,10 +139,13 @@ class EmbeddingPredictor(nnx.Module):
         self.norm = layer_norm(hidden, rngs) if config.block == "gelu" else RMSNorm(hidden, config.norm_eps)
         if config.residual != "none":
             self.residual_gate = nnx.Param(jnp.zeros(()))
-        if config.residual == "copy":
+        if config.copies_turns:
             mix = COPY_WEIGHT * COPY_DECAY ** jnp.arange(config.max_context_length)
             self.copy_age = nnx.Param(jnp.log(jnp.expm1(mix)))  # softplus of it is the recency mix
             self.copy_content = nnx.Param(jnp.zeros(hidden))
+        if config.residual == "linear":
+            self.linear_map = Linear(2 * config.input_dim, config.output_dim, dtype=dtype, rngs=rngs)
+            self.linear_map.kernel.set_value(jnp.zeros_like(self.linear_map.kernel[...]))
 
     def __call__(
         self,
@@ -172,11 +181,14 @@ class EmbeddingPredictor(nnx.Module):
         delta = self.output_proj(self.norm(pred))
         if self.config.residual == "none":
             return unit(delta)
-        base = query
-        if self.config.residual == "copy":
+        base, delta = query, self.residual_gate[...] * delta
+        if self.config.copies_turns:
             content = turns @ self.copy_content[...]
-            base = query_with_turns(query, context, context_mask, self.copy_age[...], content)
-        return unit(base + gated(delta, self.residual_gate[...], self.config.max_delta))
+            mix = mixed_turns(context, context_mask, self.copy_age[...], content)
+            base = query + mix
+            if self.config.residual == "linear":
+                delta = delta + self._linear(query, mix, dropout_key)
+        return unit(base + capped(delta, self.config.max_delta))
 
     def details(
         self,
@@ -221,6 +233,15 @@ class EmbeddingPredictor(nnx.Module):
             turns = x[:, 1:-1]
             x = _apply(layer, x, mask, rotation, key, rows=1 if index == last else None, remat=remat)
         return x[:, 0], turns
+
+    def _linear(
+        self, query: Float[Array, "B D"], mix: Float[Array, "B D"], dropout_key: Key[Array, ""] | None
+    ) -> Float[Array, "B E"]:
+        """The linear map of query and mix; in training parts of both are dropped."""
+        key = None if dropout_key is None else jax.random.fold_in(dropout_key, len(self.layers))
+        given = dropout(jnp.concatenate([query, mix], axis=1), self.config.dropout, key)
+        added: Float[Array, "B E"] = self.linear_map(given)
+        return added
 
     def _check(self, context: Any, query: Any, context_mask: Any) -> None:
         """Shapes only, so that it costs nothing under jit."""

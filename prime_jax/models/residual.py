@@ -5,17 +5,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def query_with_turns(
-    query: Float[Array, "B D"],
+def mixed_turns(
     context: Float[Array, "B N D"],
     context_mask: Bool[Array, "B N"],
     age_logits: Float[Array, " max_context_length"],
     content_logits: Float[Array, "B N"],
 ) -> Float[Array, "B D"]:
-    """The query plus a weighted sum of the turns, where softplus(age + content) is a turn's weight.
+    """A weighted sum of the turns, where softplus(age + content) is a turn's weight.
 
     Args:
-        query: Query embeddings, `[B, D]`.
         context: Turn embeddings, oldest first, `[B, N, D]`; finite where the mask leaves them out.
         context_mask: True where a turn is real, `[B, N]`.
         age_logits: By how many real turns came after, 0 for the newest, `[max_context_length]`.
@@ -23,12 +21,11 @@ def query_with_turns(
     """
     age = jnp.sum(context_mask, axis=1, keepdims=True) - jnp.cumsum(context_mask, axis=1)
     weights = jnp.where(context_mask, jax.nn.softplus(age_logits[age] + content_logits), 0.0)
-    return query + jnp.einsum("bn,bnd->bd", weights, context)
+    return jnp.einsum("bn,bnd->bd", weights, context)
 
 
-def gated(delta: Float[Array, "B E"], gate: Float[Array, ""], max_delta: float | None) -> Float[Array, "B E"]:
-    """`gate * delta`, shortened to a norm of `max_delta` where it is longer."""
-    delta = gate * delta
+def capped(delta: Float[Array, "B E"], max_delta: float | None) -> Float[Array, "B E"]:
+    """`delta`, shortened to a norm of `max_delta` where it is longer."""
     if max_delta is None:
         return delta
     squared = jnp.sum(delta * delta, axis=-1, keepdims=True)

@@ -1,7 +1,7 @@
 """A model's weights as a flat dictionary with the names and layouts of a PyTorch module.
 
-PRIME's names are the plan's and load with `strict=True` into a plain `torch.nn` model; a residual adds up to
-three of its own. Llama layers have the names that they have in a Hugging Face folder. JASPER's are those of
+PRIME's names are the plan's and load with `strict=True` into a plain `torch.nn` model; a residual adds some
+of its own. Llama layers have the names that they have in a Hugging Face folder. JASPER's are those of
 the module in `prime_jax.export.torch_jasper`.
 """
 
@@ -53,7 +53,8 @@ class _Slot(NamedTuple):
 def state_dict(model: Model) -> dict[str, Tensor]:
     """The weights by name, float32, in torch's layout (`[out, in]` matrices).
 
-    A config with a residual adds `residual_gate`, the residual 'copy' also `copy_age` and `copy_content`.
+    A config with a residual adds `residual_gate`, the residuals 'copy' and 'linear' also `copy_age` and
+    `copy_content`, and 'linear' the map of query and mixed turns, `linear_map`.
     """
     return {slot.name: slot.to_torch() for slot in _slots(model)}
 
@@ -110,6 +111,8 @@ def _of_prime(model: EmbeddingPredictor) -> Iterator[_Slot]:
     for name in ("residual_gate", "copy_age", "copy_content"):
         if hasattr(model, name):
             yield _Slot(name, getattr(model, name))
+    if hasattr(model, "linear_map"):
+        yield from _linear("linear_map", model.linear_map)
 
 
 def _of_jasper(model: JasperPredictor | DecomposedJasperPredictor) -> Iterator[_Slot]:

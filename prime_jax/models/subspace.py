@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
 from prime_jax.models.jasper import SteeredConfig, SteeredModel, keys_from, steering_of
-from prime_jax.models.residual import gated
+from prime_jax.models.residual import capped
 from prime_jax.nn.linear import Linear, product, unit
 from prime_jax.nn.mlp import MLP
 from prime_jax.nn.remat import Remat
@@ -149,7 +149,7 @@ class DecomposedJasperPredictor(SteeredModel):
             whole = coarse + delta
         else:
             added = self.coarse_gate[...] * coarse + self.residual_gate[...] * delta
-            whole = question + gated(added, jnp.ones(()), config.max_delta)
+            whole = question + capped(added, config.max_delta)
         fine = unit(whole) - coarse
         return Prediction(coarse + fine, logits, routing, coarse, fine)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from prime_jax.models.prime import PredictorConfig
-from prime_jax.models.residual import gated, query_with_turns
+from prime_jax.models.residual import capped, mixed_turns
 from prime_jax.nn.attention import attend, split_heads
 from prime_jax.nn.blocks import NORM_EPSILON
 from prime_jax.nn.linear import unit
@@ -40,8 +40,8 @@ class Cache(NamedTuple):
         entering: The turns as they enter the first layer, `[B, N, H]`; full only.
         projected: Their input projection there, as wide as queries, keys and values (without queries where
             it is the last layer too); full only.
-        window: The turns' embeddings, `[B, N, D]`; residual 'copy' only.
-        content: What the residual reads in each turn, `[B, N]`; residual 'copy' with prefix or causal only.
+        window: The turns' embeddings, `[B, N, D]`; where the residual mixes them only.
+        content: What the residual reads in each turn, `[B, N]`; likewise, with prefix or causal only.
     """
 
     keys: tuple[Array, ...]
@@ -56,7 +56,7 @@ def empty_cache(config: PredictorConfig, batch: int) -> Cache:
     """A cache without turns."""
     slots, hidden = (batch, config.max_context_length), config.hidden_dim
     heads = (*slots, config.kv_heads, config.head_size)
-    full, copies = config.context_attention == "full", config.residual == "copy"
+    full, copies = config.context_attention == "full", config.copies_turns
     layers = 0 if full else config.num_layers
     asking = 0 if config.num_layers == 1 else config.num_heads
     wide = (asking + 2 * config.kv_heads) * config.head_size
@@ -347,7 +347,10 @@ def _answer(
     residual = weights.residual
     if residual is None:
         return unit(delta)
-    base = query
+    base, delta = query, residual.gate * delta
     if residual.age is not None and content is not None and window is not None:
-        base = query_with_turns(query, window, held, residual.age, content)
-    return unit(base + gated(delta, residual.gate, config.max_delta))
+        mix = mixed_turns(window, held, residual.age, content)
+        base = query + mix
+        if residual.linear is not None:
+            delta = delta + affine(jnp.concatenate([query, mix], axis=1), residual.linear)
+    return unit(base + capped(delta, config.max_delta))

@@ -62,11 +62,19 @@ class Layer(NamedTuple):
 
 
 class Residual(NamedTuple):
-    """Parameters of what a prediction is added to; `age` and `content` with residual 'copy' only."""
+    """Parameters of what a prediction is added to.
+
+    Attributes:
+        gate: Of the transformer's answer.
+        age: Weights of turns by age; residual 'copy' and 'linear' only.
+        content: Weights of turns by content, likewise.
+        linear: Map of the query and the mixed turns; residual 'linear' only.
+    """
 
     gate: Array
     age: Array | None
     content: Array | None
+    linear: Affine | None = None
 
 
 class Weights(NamedTuple):
@@ -97,7 +105,7 @@ def lay_out(model: EmbeddingPredictor, dtype: DType) -> Weights:
         pos_embedding=model.pos_embedding[...] if hasattr(model, "pos_embedding") else None,
         layers=layers,
         norm=_norm(model.norm),
-        residual=_residual(model),
+        residual=_residual(model, dtype),
     )
 
 
@@ -137,14 +145,15 @@ def _llama_layer(block: LlamaBlock, dtype: DType, *, last: bool) -> Layer:
     )
 
 
-def _residual(model: EmbeddingPredictor) -> Residual | None:
+def _residual(model: EmbeddingPredictor, dtype: DType) -> Residual | None:
     if model.config.residual == "none":
         return None
-    copies = model.config.residual == "copy"
+    copies = model.config.copies_turns
     return Residual(
         gate=model.residual_gate[...],
         age=model.copy_age[...] if copies else None,
         content=model.copy_content[...] if copies else None,
+        linear=_linear(model.linear_map, dtype) if model.config.residual == "linear" else None,
     )
 
 

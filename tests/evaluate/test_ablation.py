@@ -20,11 +20,12 @@ def split() -> Split:
     return Split(query.astype(np.float32), context.astype(np.float32), mask, [np.array([0])] * QUERIES)
 
 
-@pytest.mark.parametrize("residual", ["none", "query", "copy"])
+@pytest.mark.parametrize("residual", ["none", "query", "copy", "linear"])
 def test_parts_are_taken_away(residual: str, split: Split) -> None:
     predictor = Predictor.from_model(make(residual=residual, use_torch_compile=False), precision="float32")
     found = ablated(predictor, split, seed=0)
     assert ("no residual" in found) == (residual != "none")
+    assert ("no linear map" in found) == (residual == "linear")
     empty = predictor.predict(np.zeros((QUERIES, 0, D)), split.query)
     np.testing.assert_allclose(found["no context"], empty, atol=1e-6)
     whole = predictor.predict(split.context, split.query, split.mask)

@@ -18,8 +18,9 @@ SIZES = [(128, 2, 4), (256, 3, 8)]  # hidden_dim, num_layers, num_heads
 CASES = [  # context_attention, residual, max_delta, size
     *product(("full", "prefix", "causal"), ("none", "copy"), (None,), SIZES),
     ("full", "copy", 0.3, SIZES[0]),
+    ("causal", "linear", 0.3, SIZES[0]),
     ("causal", "query", 0.3, SIZES[0]),
-    ("full", "copy", None, "llama"),
+    ("full", "linear", None, "llama"),
     ("causal", "none", None, "llama"),
 ]
 

@@ -78,8 +78,8 @@ def test_fresh_weights_start_at_the_same_baseline_as_in_jax() -> None:
     expected = query + COPY_WEIGHT * (COPY_DECAY * context[:, 0] + context[:, 1])
     expected = expected / expected.norm()
     with torch.inference_mode():
-        got = make(residual="copy")(context, query)
-    np.testing.assert_allclose(got, expected, atol=1e-6)
+        for residual in ("copy", "linear"):
+            np.testing.assert_allclose(make(residual=residual)(context, query), expected, atol=1e-6)
 
 
 def test_dropout_is_on_in_training_only() -> None:
@@ -146,7 +146,7 @@ def inputs(rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.randn(rows, N, D), torch.randn(rows, D), torch.rand(rows, N) > 0.4
 
 
-@pytest.mark.parametrize("residual", ["none", "copy"])
+@pytest.mark.parametrize("residual", ["none", "linear"])
 def test_a_checkpoint_comes_back(tmp_path: Path, residual: str) -> None:
     model = make(residual=residual, context_attention="prefix")
     model.save_checkpoint(tmp_path / "model.pt")
@@ -210,7 +210,7 @@ def test_missing_and_unwritable_files_are_named(tmp_path: Path) -> None:
         make().save_checkpoint(tmp_path / "nowhere" / "model.pt")
 
 
-@pytest.mark.parametrize("residual", ["none", "copy"])
+@pytest.mark.parametrize("residual", ["none", "linear"])
 def test_exports_for_any_batch_with_torch_export(residual: str) -> None:
     model, batch = make(residual=residual), torch.export.Dim("B")
     shapes = {name: {0: batch} for name in ("context", "query", "context_mask")}
@@ -221,6 +221,6 @@ def test_exports_for_any_batch_with_torch_export(residual: str) -> None:
 
 def test_compiles_without_a_graph_break() -> None:
     """Backend `eager`: the capture alone, as no C++ compiler is needed then."""
-    model = make(residual="copy", context_attention="causal")
+    model = make(residual="linear", context_attention="causal")
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(*inputs(5)), model(*inputs(5)), rtol=0, atol=1e-6)

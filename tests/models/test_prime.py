@@ -47,7 +47,7 @@ def test_output_normalized(turns: int) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("residual", ["none", "query", "copy"])
+@pytest.mark.parametrize("residual", ["none", "query", "copy", "linear"])
 def test_padding_and_neighbours_change_nothing(mode: str, residual: str) -> None:
     """A row alone without padding equals the row in a batch, padded on either side with garbage."""
     model = make(context_attention=mode, residual=residual)
@@ -95,7 +95,7 @@ def test_who_influences_whom_by_gradient(mode: str) -> None:
 
 def test_gradient_flow() -> None:
     """Every parameter and every input has a gradient that is not zero everywhere."""
-    model = make(residual="copy", dropout=0.0)
+    model = make(residual="linear", dropout=0.0)
     graph, params = nnx.split(model)
     target = jnp.asarray(np.random.default_rng(5).normal(size=(3, 12)).astype(np.float32))
 
@@ -107,7 +107,7 @@ def test_gradient_flow() -> None:
         assert float(jnp.abs(leaf).max()) > 0, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("residual", ["none", "copy"])
+@pytest.mark.parametrize("residual", ["none", "linear"])
 def test_gradient_by_finite_differences(residual: str) -> None:
     """Along random unit directions in parameter space, central differences give the same slope."""
     graph, params = nnx.split(make(residual=residual, dropout=0.0))
@@ -179,14 +179,14 @@ def test_initial_weights() -> None:
     assert float(model.pred_token[...].std()) == pytest.approx(0.02, rel=0.15)
 
 
-@pytest.mark.parametrize("residual", ["query", "copy"])
+@pytest.mark.parametrize("residual", ["query", "copy", "linear"])
 def test_training_starts_exactly_at_a_baseline(residual: str) -> None:
     """Gate zero: the plain query, or the query plus recency-weighted turns, whatever the other weights."""
     model = EmbeddingPredictor(small(residual=residual), rngs=nnx.Rngs(0))
     context, query = inputs()
     mask = jnp.array([[True, True, True, True], [True, True, False, False], [False] * 4])
     expected = np.array(query)
-    if residual == "copy":
+    if residual != "query":
         for row, turns in enumerate([4, 2, 0]):
             for age in range(turns):
                 expected[row] += COPY_WEIGHT * COPY_DECAY**age * np.asarray(context[row, turns - 1 - age])

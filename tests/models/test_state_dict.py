@@ -59,6 +59,16 @@ def test_names_and_shapes_are_the_plans() -> None:
     [
         ("query", {"residual_gate": ()}),
         ("copy", {"residual_gate": (), "copy_age": (N,), "copy_content": (H,)}),
+        (
+            "linear",
+            {
+                "residual_gate": (),
+                "copy_age": (N,),
+                "copy_content": (H,),
+                "linear_map.weight": (D, 2 * D),
+                "linear_map.bias": (D,),
+            },
+        ),
     ],
 )
 def test_a_residual_adds_only_what_it_needs(residual: str, more: dict[str, tuple[int, ...]]) -> None:
@@ -76,7 +86,7 @@ def test_matrices_are_transposed() -> None:
     np.testing.assert_allclose(by_hand, model.query_proj(jnp.asarray(x)), atol=1e-6)
 
 
-@pytest.mark.parametrize("residual", ["none", "copy"])
+@pytest.mark.parametrize("residual", ["none", "linear"])
 def test_there_and_back_changes_no_bit(residual: str) -> None:
     model = make(output_dim=D, residual=residual)
     again = load_state_dict(model.config, state_dict(model))

@@ -16,7 +16,7 @@ from prime_jax.predict.weights import Affine, lay_out
 MODES = ("full", "prefix", "causal")
 SHAPES = [
     {"context_attention": mode, "residual": residual, "num_layers": layers}
-    for mode, residual, layers in itertools.product(MODES, ("none", "query", "copy"), (1, 3))
+    for mode, residual, layers in itertools.product(MODES, ("none", "query", "linear"), (1, 3))
 ]
 SHAPES += [
     {"context_attention": mode, "residual": "copy", "num_layers": layers, **LLAMA}

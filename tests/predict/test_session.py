@@ -30,7 +30,7 @@ PREDICTORS: dict[str, Predictor] = {}
 def predictor(mode: str) -> Predictor:
     """One predictor for each mode, with everything compiled once."""
     if mode not in PREDICTORS:
-        model = make(context_attention=mode, residual="copy", use_torch_compile=False, max_batch_size=4)
+        model = make(context_attention=mode, residual="linear", use_torch_compile=False, max_batch_size=4)
         PREDICTORS[mode] = Predictor.from_model(model)
     return PREDICTORS[mode]
 
