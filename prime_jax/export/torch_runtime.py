@@ -290,7 +290,7 @@ class EmbeddingPredictor(nn.Module):
     def _check(self, context: Tensor, query: Tensor, context_mask: Tensor | None) -> None:
         config, turns, asked = self.config, tuple(context.shape), tuple(query.shape)
         if context.ndim != 3 or query.ndim != 2:
-            raise PredictorError(f"context must be [B, N, D] and query [B, D], they are {turns} and {asked}")
+            raise PredictorError(f"context, query must have shape [B, N, D], [B, D], got {turns}, {asked}")
         if not (context.is_floating_point() and query.is_floating_point()):
             raise PredictorError(
                 f"context is {context.dtype} and query {query.dtype}, expected floating-point embeddings"
