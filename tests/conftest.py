@@ -27,12 +27,19 @@ import pytest
 
 LONGEST = (
     "test_killed.py",
+    "test_step.py",
     "test_together.py",
+    "test_sharding.py",
+    "test_loop.py",
+    "test_encoders.py",
+    "test_jasper.py",
+    "test_steered_step.py",
     "test_mcs_search.py",
     "test_trained_run.py",
-    "test_sharding.py",
-    "test_encoders.py",
+    "test_rotation.py",
     "test_layers.py",
+    "test_target_head.py",
+    "test_modern_bert.py",
 )
 
 
