@@ -70,8 +70,9 @@ quickstart: $(STAMP_RUN)  ## Train a predictor on real text and report how much 
 
 setup: $(STAMP_DEV)  ## Install everything development needs into .venv
 
+# Files begin in the order of tests/conftest.py; pytest-xdist by itself begins with those of the most tests.
 test: $(STAMP_DEV)  ## Run the tests with coverage (at least 85%)
-	$(PY) -m pytest -n 2 --dist loadfile --cov --cov-report term --cov-fail-under 85
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term --cov-fail-under 85
 
 # The schema of Triton's configuration comes with NVIDIA's client, whose own requirements are not needed for that.
 consumers: $(STAMP_DEV)  ## Run what uses an exported bundle in an environment without JAX

@@ -1,9 +1,19 @@
-"""Set-up of every test: two CPU devices, checked array shapes, strict type promotion."""
+"""Set-up of every test: eight CPU devices, checked array shapes, one folder of compiled programs for all."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["PRIME_JAX_CACHE"] = ""  # no test depends on, or leaves, compiled programs in the user's folder
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # Many tests compile the same programs. The folder is new in every session and goes with it; pytest's
+    # workers and the processes that tests start inherit it.
+    COMPILED = tempfile.mkdtemp(prefix="prime-jax-tests-")
+    atexit.register(shutil.rmtree, COMPILED, ignore_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = COMPILED
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 from jaxtyping import install_import_hook
 
@@ -17,12 +27,19 @@ import pytest
 
 LONGEST = (
     "test_killed.py",
+    "test_step.py",
     "test_together.py",
+    "test_sharding.py",
+    "test_loop.py",
+    "test_encoders.py",
+    "test_jasper.py",
+    "test_steered_step.py",
     "test_mcs_search.py",
     "test_trained_run.py",
-    "test_sharding.py",
-    "test_encoders.py",
+    "test_rotation.py",
     "test_layers.py",
+    "test_target_head.py",
+    "test_modern_bert.py",
 )
 
 

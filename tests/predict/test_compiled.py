@@ -10,10 +10,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import monitoring
+from jax.experimental.compilation_cache import compilation_cache
 
 from prime_jax.predict.compiled import FOLDER, cache_folder, compile_ahead
 
 HIT = "/jax/compilation_cache/cache_hits"
+
+
+@pytest.fixture(autouse=True)
+def _jax_keeps_nothing() -> Iterator[None]:
+    """Without the folder that the tests of a session share: as a user who has given JAX none."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Single training steps on made-up batches, for the tests that compare one way of computing with another."""
 
+from functools import cache
 from typing import Any
 
 import jax
@@ -88,6 +89,12 @@ def run(
         state, metrics = step(state, split_batch(make(number), devices), negatives)
         told.append({name: float(value) for name, value in metrics.items()})
     return state, told
+
+
+@cache
+def shared(**settings: Any) -> tuple[TrainState, list[dict[str, float]]]:
+    """A run that several tests compare theirs with, computed once; nobody may change it."""
+    return run(**settings)
 
 
 def assert_same(

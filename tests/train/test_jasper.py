@@ -110,11 +110,10 @@ def test_centroids_stay_exact_through_training_and_checkpoints(run: Path, steere
 
 
 def test_resume_goes_on_exactly_where_it_stopped(
-    steered_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, steered_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Epoch, curriculum, EMA and history, all as if nobody had stopped the run."""
-    config = settings(steered_data)
-    train(config, tmp_path / "whole")
+    config, cut = settings(steered_data), tmp_path / "cut"
 
     stop = SimpleNamespace(asked=False)
     program = loop.TrainingProgram.__call__
@@ -127,24 +126,24 @@ def test_resume_goes_on_exactly_where_it_stopped(
     with monkeypatch.context() as patched:
         patched.setattr(loop.TrainingProgram, "__call__", counted)
         patched.setattr(loop, "interruptible", lambda: nullcontext(stop))
-        assert train(config, tmp_path / "cut").interrupted
-    train(config, tmp_path / "cut", resume=True)
+        assert train(config, cut).interrupted
+    train(config, cut, resume=True)
     states = []
-    for name in ("whole", "cut"):
-        newest = checkpoints.latest(tmp_path / name)
+    for folder in (run, cut):
+        newest = checkpoints.latest(folder)
         assert newest is not None
-        found = loop._Run(config, tmp_path / name, prepared(config)).state
+        found = loop._Run(config, tmp_path / "new", prepared(config)).state
         states.append(checkpoints.restore(newest, found)[0])
     jax.tree.map(np.testing.assert_array_equal, *states)
     timeless = [
-        [{key: value for key, value in row.items() if key not in TIMES} for row in rows_of(tmp_path / name)]
-        for name in ("whole", "cut")
+        [{key: value for key, value in row.items() if key not in TIMES} for row in rows_of(folder)]
+        for folder in (run, cut)
     ]
-    whole, cut = ({row["step"]: row for row in rows} for rows in timeless)
-    assert set(whole) <= set(cut)
+    whole, resumed = ({row["step"]: row for row in rows} for rows in timeless)
+    assert set(whole) <= set(resumed)
     for step in whole:
         if step > 6:
-            assert whole[step] == cut[step]
+            assert whole[step] == resumed[step]
 
 
 def test_the_state_holds_online_and_target_encoder(steered_data: Path, tmp_path: Path) -> None:

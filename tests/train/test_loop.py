@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import signal
 from contextlib import nullcontext
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from commands import SETTINGS
 
 import prime_jax
 from prime_jax.config import Config, read_config
@@ -22,6 +24,14 @@ from prime_jax.train.checkpoints import load_model
 from prime_jax.train.program import TrainingProgram
 from prime_jax.train.setup import prepared, say_how_many_negatives, warn_of_unused
 from prime_jax.train.state import pure_params
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the settings of these tests, as they are."""
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert main([*SETTINGS, "--data.path", str(data_folder), "--out", str(run)]) == 0
+    return run
 
 
 def params_of(run: Path) -> list[np.ndarray]:
@@ -116,19 +126,22 @@ def test_bfloat16_remat_and_accumulation_learn_too(settings: list[str], tmp_path
 
 
 def test_stopped_and_resumed_equals_never_stopped(
-    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    undisturbed: Path,
+    settings: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Ctrl-C in the middle of the second epoch; parameters and history end up the same to the bit."""
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert main([*settings, "--out", str(whole)]) == 0
+    broken = tmp_path / "broken"
     with monkeypatch.context() as patch:
         interrupt_after(7, patch)
         assert main([*settings, "--out", str(broken)]) == 130
     assert "stopped at step 7; saved" in capsys.readouterr().out
     assert main(["--resume", "--out", str(broken)]) == 0
-    for left, right in zip(params_of(whole), params_of(broken), strict=True):
+    for left, right in zip(params_of(undisturbed), params_of(broken), strict=True):
         np.testing.assert_array_equal(left, right)
-    lines = [(run / "history.jsonl").read_text().splitlines() for run in (whole, broken)]
+    lines = [(run / "history.jsonl").read_text().splitlines() for run in (undisturbed, broken)]
     last = [json.loads(rows[-1]) for rows in lines]
     assert last[0] == last[1]
     validated = [[row for row in map(json.loads, rows) if "MRR@10" in row] for rows in lines]
@@ -168,12 +181,12 @@ def test_an_interrupt_before_the_first_step_after_resuming_rewrites_nothing(
 
 
 def test_resume_refuses_other_settings_other_data_and_empty_folders(
-    settings: list[str], config: Config, data_folder: Path, tmp_path: Path
+    undisturbed: Path, settings: list[str], config: Config, data_folder: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     with pytest.raises(CheckpointError, match="no run to resume"):
         loop.train(config, run, resume=True)
-    loop.train(config, run)
+    shutil.copytree(undisturbed, run, dirs_exist_ok=True)
     with pytest.raises(ConfigError, match="already holds a run; add --resume"):
         loop.train(config, run)
     with pytest.raises(ConfigError, match=r"train\.seed 0, not 1"):
@@ -222,13 +235,12 @@ def test_print_config_and_missing_out(settings: list[str], capsys: pytest.Captur
 
 
 def test_training_can_start_from_the_weights_of_another_run(
-    settings: list[str], config: Config, tmp_path: Path
+    undisturbed: Path, settings: list[str], tmp_path: Path
 ) -> None:
-    first, second = tmp_path / "first", tmp_path / "second"
-    loop.train(config, first)
-    warm = [*settings, "--model.checkpoint-path", str(first), "--train.learning-rate", "1e-9"]
+    second = tmp_path / "second"
+    warm = [*settings, "--model.checkpoint-path", str(undisturbed), "--train.learning-rate", "1e-9"]
     loop.train(read_config(None, warm), second)
-    for left, right in zip(params_of(first), params_of(second), strict=True):
+    for left, right in zip(params_of(undisturbed), params_of(second), strict=True):
         np.testing.assert_allclose(left, right, atol=1e-2)
     other = [*warm, "--model.hidden-dim", "256"]
     with pytest.raises(ConfigError, match="other shapes"):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from steps import DIM, batch, run
+from steps import DIM, batch, run, shared
 
 from prime_jax.config import MeshConfig, read_config
 from prime_jax.errors import ConfigError
@@ -52,7 +52,7 @@ def test_a_model_of_its_own_does_and_the_targets_are_turned_back() -> None:
     [(MeshConfig(data=4), TURNED), (None, StepPlan(10, rotation=1.0, micro_batch=4))],
 )
 def test_devices_and_turns_change_nothing(mesh: MeshConfig | None, plan: StepPlan) -> None:
-    whole, metrics = run(2, plan=TURNED)
+    whole, metrics = shared(plan=TURNED)
     other, others = run(2, mesh=mesh, plan=plan)
     for left, right in zip(metrics, others, strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-5)

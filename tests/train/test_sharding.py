@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from steps import assert_same, run, with_everything
+from steps import assert_same, run, shared, with_everything
 
 from prime_jax.config import MeshConfig
 from prime_jax.losses.objective import Objective
@@ -17,11 +17,14 @@ MESHES = [
 ]
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=str)
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(
+    ("mesh", "dropout"),
+    [*((mesh, 0.3) for mesh in MESHES), (MeshConfig(data=8), 0.0), (MeshConfig(fsdp=8), 0.0)],
+    ids=str,
+)
 def test_any_mesh_equals_one_device(mesh: MeshConfig, dropout: float) -> None:
     """In-batch negatives are global, and dropout follows the row, not the device."""
-    assert_same(run(mesh=mesh, dropout=dropout), run(dropout=dropout))
+    assert_same(run(mesh=mesh, dropout=dropout), shared(dropout=dropout))
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(data=8), MeshConfig(data=2, fsdp=4)], ids=str)
@@ -29,18 +32,15 @@ def test_all_at_once_on_any_mesh(mesh: MeshConfig) -> None:
     """Cached gradients, recomputed activations, given negatives, every kind of thing that is trained."""
     objective = Objective(schedule="learned", projection_dim=4, target="ema")
     plan = StepPlan(10, "blocks", 8)
-    one, many = (
-        run(mesh=where, objective=objective, plan=plan, make=with_everything, dropout=0.2)
-        for where in (None, mesh)
-    )
-    assert_same(one, many)
+    settings = {"objective": objective, "plan": plan, "make": with_everything, "dropout": 0.2}
+    assert_same(shared(**settings), run(mesh=mesh, **settings))
 
 
 @pytest.mark.parametrize(
     "mesh", [MeshConfig(data=2), MeshConfig(data=8), MeshConfig(data=2, fsdp=4)], ids=str
 )
 def test_a_corpus_shared_among_devices_equals_a_corpus_on_one(mesh: MeshConfig) -> None:
-    one, many = run(corpus=True), run(corpus=True, mesh=mesh)
+    one, many = shared(corpus=True), run(corpus=True, mesh=mesh)
     assert_same(one, many)
     assert one[1][0]["negatives"] == pytest.approx(39)  # 41 passages, two right answers
 

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import steps
-from steps import MODEL, ROWS, assert_same, batch, run, with_everything
+from steps import MODEL, ROWS, assert_same, batch, run, shared, with_everything
 
 from prime_jax.config import MeshConfig, TrainingConfig
 from prime_jax.errors import ConfigError
@@ -26,19 +26,19 @@ def test_same_state_same_batch_same_result_and_other_dropout_next_step() -> None
     first, again = run(dropout=0.5), run(dropout=0.5)
     assert first[1] == again[1]
     assert_same(first, again, 0.0)
-    assert run(dropout=0.0)[1] != first[1]
+    assert shared(dropout=0.0)[1] != first[1]
 
 
 @pytest.mark.parametrize("objective", [Objective(), EVERYTHING, replace(EVERYTHING, target="slow")])
 @pytest.mark.parametrize("micro_batch", [4, 8])
 def test_gradient_caching_equals_the_whole_batch(objective: Objective, micro_batch: int) -> None:
     """The loss sees every row whatever the micro-batch, given negatives and several right answers too."""
-    whole = run(objective=objective, make=with_everything)
+    whole = shared(objective=objective, make=with_everything)
     assert_same(run(objective=objective, make=with_everything, plan=StepPlan(10, "none", micro_batch)), whole)
 
 
 def test_gradient_caching_with_corpus_negatives_and_remat() -> None:
-    assert_same(run(corpus=True, plan=StepPlan(10, "blocks", 4)), run(corpus=True))
+    assert_same(run(corpus=True, plan=StepPlan(10, "blocks", 4)), shared(corpus=True))
 
 
 def test_gradient_caching_repeats_its_dropout() -> None:
@@ -92,7 +92,7 @@ def test_memory_of_a_cached_step_does_not_grow_with_the_batch() -> None:
 
 @pytest.mark.parametrize("policy", ["blocks", "dots"])
 def test_remat_changes_nothing(policy: str) -> None:
-    assert_same(run(dropout=0.3, plan=StepPlan(10, policy)), run(dropout=0.3))
+    assert_same(run(dropout=0.3, plan=StepPlan(10, policy)), shared(dropout=0.3))
 
 
 def test_repeating_one_batch_learns_it() -> None:

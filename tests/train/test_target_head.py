@@ -16,6 +16,9 @@ from prime_jax.retrieval.topk import search
 from prime_jax.train import checkpoints
 from prime_jax.train.__main__ import main
 
+# Programs are compiled when they are needed, not all of them in every load.
+LAZY = ["--model.use-torch-compile", "false"]
+
 
 @pytest.mark.parametrize("target", ["slow", "ema"])
 def test_from_training_to_a_bundle(
@@ -24,7 +27,7 @@ def test_from_training_to_a_bundle(
     run = tmp_path / "run"
     options = ["--train.target", target, "--train.y-encoder-lr-multiplier", "1.0", "--train.num-epochs", "4"]
     options += ["--train.ema-start", "0.5", "--train.ema-end", "0.6", "--model.residual", "query"]
-    assert main([*settings, *options, "--out", str(run)]) == 0
+    assert main([*settings, *LAZY, *options, "--out", str(run)]) == 0
     predictor = prime_jax.load(run, precision="float32")
     head = predictor.target_head
     assert head is not None
@@ -53,7 +56,7 @@ def test_from_training_to_a_bundle(
 
 
 def test_frozen_targets_need_no_map(settings: list[str], tmp_path: Path) -> None:
-    assert main([*settings, "--out", str(tmp_path)]) == 0
+    assert main([*settings, *LAZY, "--out", str(tmp_path)]) == 0
     predictor = prime_jax.load(tmp_path, precision="float32")
     memory = jnp.ones((2, 24))
     assert predictor.target_head is None
