@@ -108,28 +108,36 @@ def test_the_store_is_bounded_and_corrects_no_more_than_it_holds(values: list[fl
     assert min(values[-4:]) - 1e-5 <= float(found.loss) <= max(values[-4:]) + 1e-5
 
 
-def test_displacements_are_those_of_an_average() -> None:
+def test_the_stack_is_displacements_of_averages_then_direction_then_move() -> None:
     weights = np.random.default_rng(0).normal(size=(30, 5)).cumsum(axis=0).astype(np.float32)
-    average, displacement = weights[0], jnp.zeros(5)
+    averages = [weights[0], weights[0]]
+    stack = {"w": jnp.zeros((4, 5))}
     for before, after in pairwise(weights):
-        average = 0.9 * average + 0.1 * after
-        displacement = basis.displaced({"w": displacement}, {"w": jnp.array(after - before)}, 0.9)["w"]
-    np.testing.assert_allclose(weights[-1] + displacement, average, rtol=1e-4, atol=1e-4)
+        averages = [0.9 * averages[0] + 0.1 * after, 0.5 * averages[1] + 0.5 * after]
+        move, direction = {"w": jnp.array(after - before)}, {"w": jnp.array(after)}
+        stack = basis.moved_on(stack, move, direction, jnp.array([0.9, 0.5]), jax.random.key(0))
+    for at in (0, 1):
+        np.testing.assert_allclose(weights[-1] + stack["w"][at], averages[at], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(stack["w"][2], weights[-1])
+    np.testing.assert_array_equal(stack["w"][3], weights[-1] - weights[-2])
 
 
 def test_stochastic_rounding_is_right_on_average() -> None:
     value = 1 + 1 / 512  # a quarter between two neighbours of bfloat16
-    rounded = basis.stored({"w": jnp.full((200, 200), value)}, jnp.bfloat16, jax.random.key(0))["w"]
+    tree, old = {"w": jnp.full((200, 200), value)}, {"w": jnp.zeros((3, 200, 200), jnp.bfloat16)}
+    rounded = basis.moved_on(old, tree, tree, jnp.zeros(1), jax.random.key(0))["w"][1:]
     assert set(np.unique(rounded.astype(jnp.float32)).tolist()) == {1.0, 1 + 1 / 128}
     assert abs(float(jnp.mean(rounded.astype(jnp.float32))) - value) < 1e-4
+    assert bool(jnp.any(rounded[0] != rounded[1]))  # each tree has noise of its own
 
 
 def test_the_best_coefficients_give_back_a_move_inside_the_basis() -> None:
-    trees = tuple({"w": jax.random.normal(jax.random.key(at), (50,))} for at in range(3))
-    move = {"w": 2 * trees[0]["w"] - trees[2]["w"]}
-    inner, onto, square = basis.gram(trees, move)
+    stack = {"w": jax.random.normal(jax.random.key(0), (3, 50)), "big": jnp.ones((3, 256, 64))}
+    move = {"w": 2 * stack["w"][0] - stack["w"][2], "big": jnp.ones((256, 64))}
+    inner, onto, square = basis.gram(stack, move)
+    assert [float(square[0]), float(inner[0, 1, 1])] == [64 * 64.0] * 2  # every fourth row of a big leaf
     a = basis.best_coefficients(inner, onto, ridge=1e-6)
-    np.testing.assert_allclose(a[0], [2, 0, -1], atol=1e-3)
+    np.testing.assert_allclose(a[1], [2, 0, -1], atol=1e-3)
     assert float(basis.misfit(a, inner, onto, square)) < 1e-4
     assert float(basis.cosine(a, inner, onto, square)) == pytest.approx(1, abs=1e-4)
 

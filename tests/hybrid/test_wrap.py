@@ -15,15 +15,27 @@ from prime_jax.hybrid.wrap import HybridTrainer
 
 TRUE = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 OPTIMIZER = optax.adam(0.03)
-SETTINGS: dict[str, Any] = {"warmup_steps": 20, "min_full_steps": 20, "ensemble": 2, "hidden": 8, "latent": 2}
+CONTROL_SEEDS = range(10_000, 10_008)
+SETTINGS: dict[str, Any] = {
+    "window": 5,
+    "control_batches": 8,
+    "warmup_steps": 20,
+    "min_full_steps": 20,
+    "ensemble": 2,
+    "hidden": 8,
+    "latent": 2,
+}
 CONFIG = HybridConfig(**SETTINGS)
 GUARDED = HybridConfig(**SETTINGS, predict=False, snapshot="window")
 
 
-def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def data(seed: int, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(16, 8)).astype(np.float32)
-    return x, x @ TRUE + rng.normal(size=(16, 4)).astype(np.float32)
+    x = rng.normal(size=(rows, 8)).astype(np.float32)
+    return x, x @ TRUE + rng.normal(size=(rows, 4)).astype(np.float32)
+
+
+CONTROL = [data(seed, rows=128) for seed in CONTROL_SEEDS]
 
 
 def loss(params: Any, batch: Any) -> Any:
@@ -61,7 +73,7 @@ class Run:
             lambda state, params: {**state, "params": params},
             loss,
             config,
-            control=[data(10_000), data(10_001)],
+            control=CONTROL,
             fresh=lambda count: [data(self.at + ahead) for ahead in range(count)],
             cursor=lambda: self.at,
             seek=lambda place: setattr(self, "at", place),
@@ -103,22 +115,26 @@ def test_a_jump_is_one_dispatch_and_stays_only_where_control_improves() -> None:
     run.trainer.force_phase(Phase.PREDICT)
     run.go(5)
     spent = run.trainer.calls - before
-    assert (spent["predict"], spent["coefficient gradient"], spent["control"]) == (1, 5, 6)
+    assert (spent["observe"], spent["predict"], spent["coefficient gradient"]) == (1, 1, 5)
     outcome = run.trainer.outcomes[-1]
-    assert outcome.kept == (outcome.after < outcome.before)
-    control = np.mean([float(loss(run.state["params"], data(seed))) for seed in (10_000, 10_001)])
-    np.testing.assert_allclose(control, min(outcome.before, outcome.after), rtol=1e-5)
+    # raw, predicted and corrected weights on 4 choosing batches; raw and the choice on 4 confirming ones
+    assert spent["control"] == 3 * 4 + 2 * 4 * (outcome.choice != "raw")
+    assert outcome.kept == (outcome.bound < 0)
+    half = CONTROL[:4] if outcome.choice == "raw" else CONTROL[4:]
+    control = np.mean([float(loss(run.state["params"], batch)) for batch in half])
+    np.testing.assert_allclose(control, outcome.after if outcome.kept else outcome.before, rtol=1e-5)
     counted = run.trainer.calls.copy()
     assert all(0 <= value <= 1 for value in run.trainer.confidence)
     assert run.trainer.calls == counted  # reading runs nothing
 
 
 def test_the_end_is_the_best_of_all_candidates() -> None:
-    run = Run(GUARDED).go(103)
+    run = Run(GUARDED).go(303)
     state, outcome = run.trainer.finish(run.state)
     assert outcome is not None
-    assert outcome.after <= outcome.before
-    control = np.mean([float(loss(state["params"], data(seed))) for seed in (10_000, 10_001)])
+    assert outcome.kept
+    assert outcome.after < outcome.before
+    control = np.mean([float(loss(state["params"], batch)) for batch in CONTROL[4:]])
     np.testing.assert_allclose(control, outcome.after, rtol=1e-4)
 
 
