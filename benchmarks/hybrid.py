@@ -33,18 +33,22 @@ from prime_jax.hybrid.jumps import FORWARD, end_cost
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
 
-LENGTHS, SEEDS = (200, 400, 800), (0, 1, 2)
-BETWEEN = (160, 250, 500, 1000)  # plain runs of more lengths, so that losses can be read as steps
+SEEDS = (0, 1, 2)
+LENGTHS = {"embed": (200, 400, 800), "lm": (400, 800, 1600)}
+# plain runs of more lengths, so that losses can be read as steps
+BETWEEN = {"embed": (160, 250, 500, 1000), "lm": (320, 500, 1000, 2000)}
 SCHEDULES = ("constant", "wsd", "cosine")
 WARMUP, DECAY = 20, 0.2  # steps of warm-up; share of a WSD run that decays
-RATES = {"embed": (1e-3, 2e-3, 4e-3), "lm": (4e-3, 8e-3, 16e-3)}
+RATES = {"embed": (5e-4, 1e-3, 2e-3), "lm": (2e-3, 4e-3, 8e-3)}
+WEIGHT_DECAY = {"embed": 1.0, "lm": 0.01}  # the embedding task overfits its longest runs with less
+LONGEST = 2000
 TUNING_SEED = 100
 CONFIG = HybridConfig(warmup_steps=50, confidence_threshold=0.0, probe_share=0.05)
 
 
 def rates(schedule: str, peak: float, total: int) -> np.ndarray:
     """The learning rate of every step, padded to one length so that one program serves all runs."""
-    at = np.arange(max(BETWEEN))
+    at = np.arange(LONGEST)
     warm = np.minimum(1.0, (at + 1) / WARMUP)
     done = np.clip(at / total, 0, 1)
     shape = {
@@ -63,10 +67,12 @@ def params_of(state: Any) -> Any:
 class Runner:
     """One task, its compiled step and its losses."""
 
-    def __init__(self, task: Task):
-        self.task, self.config = task, CONFIG
+    def __init__(self, task: Task, name: str):
+        self.task, self.name, self.config = task, name, CONFIG
         self.optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(0.01)
+            optax.clip_by_global_norm(1.0),
+            optax.scale_by_adam(b2=0.99),
+            optax.add_decayed_weights(WEIGHT_DECAY[name]),
         )
         self.loss = jax.jit(task.loss)
 
@@ -159,7 +165,7 @@ def shared_run(
         losses.append(told["loss"])
         if at + 1 in branches:
             found[str(at + 1)]["plain"] = run.judged(state["params"])
-        elif at + 1 in BETWEEN and len(branches) > 1:
+        elif at + 1 in BETWEEN[run.name] and len(branches) > 1:
             found[str(at + 1)] = {"plain": run.judged(state["params"])}
     losses = [float(loss) for loss in jax.device_get(losses)]
     return {"lengths": found, "predictions": prequential(trainer.rows, losses, CONFIG)}
@@ -194,10 +200,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     given = parser.parse_args(argv)
-    run = Runner(TASKS[given.task](given.data))
+    run = Runner(TASKS[given.task](given.data), given.task)
+    lengths, between = LENGTHS[given.task], BETWEEN[given.task]
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(CONFIG).items()}
-    same = {"task": given.task, "about": run.task.about, "settings": settings}
+    same = {"task": given.task, "about": run.task.about, "settings": settings, "lengths": list(lengths)}
     if any(result.get(name, value) != value for name, value in same.items()):
         sys.exit(f"{given.out} holds results of another task or of other settings; choose another file")
     known = facts("jax", "flax", "optax")
@@ -212,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{part} {name}: {time.perf_counter() - started:.0f} s", flush=True)
         return result[part][name]
 
-    middle = LENGTHS[1]
+    middle = lengths[1]
 
     def tuned(part: str, runner: Runner, schedule: str) -> float:
         tried = {
@@ -229,13 +236,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     result["peaks"] = peaks
     for seed in SEEDS:
         for schedule in SCHEDULES:
-            longest = max(BETWEEN)
-            runs = [(longest, LENGTHS)] if schedule == "constant" else [(n, (n,)) for n in LENGTHS]
+            longest = max(between)
+            runs = [(longest, lengths)] if schedule == "constant" else [(n, (n,)) for n in lengths]
             for total, branches in runs:
                 name = f"{schedule} {total} seed {seed}"
                 make: Any = partial(shared_run, run, seed, schedule, peaks[schedule], total, branches)
                 cell("shared", name, make)
-            for total in () if schedule == "constant" else BETWEEN:
+            for total in () if schedule == "constant" else between:
                 make = partial(run.plain, seed, schedule, peaks[schedule], total)
                 cell("plain", f"{schedule} {total} seed {seed}", make)
     for seed in SEEDS:
@@ -246,13 +253,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in SEEDS:
         name = f"wsd {middle} seed {seed}, a tenth of the rate"
         cell("undertuned", name, partial(shared_run, run, seed, "wsd", slow, middle, (middle,)))
-    for length in reversed(LENGTHS):
+    for length in reversed(lengths):
         for seed in SEEDS:
             for schedule in SCHEDULES:
                 name = f"{schedule} {length} seed {seed}"
                 cell("full", name, partial(full_run, run, seed, schedule, peaks[schedule], length))
     base = run.trained(TUNING_SEED, "wsd", peaks["wsd"], middle)["params"]
-    tuning = Runner(with_lora(run.task, base))
+    tuning = Runner(with_lora(run.task, base), given.task)
     best = tuned("LoRA tuning", tuning, "wsd")
     for seed in SEEDS:
         name = f"wsd {middle} seed {seed}, LoRA"

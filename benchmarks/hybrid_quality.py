@@ -14,6 +14,8 @@ from prime_jax.hybrid.forecast import TREND
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.state import predict, windows_of
 
+_predict = jax.jit(predict, static_argnames="config")
+_units = jax.jit(corrector.units)
 AHEAD = (1, 2, 3, 5, 10, 25, 50)
 
 
@@ -43,7 +45,7 @@ def prequential(
         told = np.array([seen[i][f"predicted_{steps}"] for i in at])
         sigma = np.array([seen[i][f"sigma_{steps}"] for i in at])
         line = np.array([_line(loss[i - TREND + 1 : i + 1], ahead) for i in at])
-        step = single[np.array([seen[i]["step"] for i in at]) + steps - 1]
+        step = single[np.array([seen[i]["step"] + steps - 1 for i in at], int)]
 
         def error(values: np.ndarray, true: np.ndarray = true) -> float:
             return float(np.mean((true - values) ** 2))
@@ -96,10 +98,10 @@ def _measure(run: Any, trainer: Any, state: Any, seed: int, at: int, found: Any)
     known = moments(state, start)
     assert known is not None
     direction = direction_of(known)
-    unit = corrector.units(hybrid.basis)
+    unit = _units(hybrid.basis)
     for steps in AHEAD:
         move, second = (_minus(one[steps], start) for one in (true, other))
-        _, _, a = predict(hybrid, jnp.asarray(float(steps)), trainer.config)
+        _, _, a = _predict(hybrid, jnp.asarray(float(steps)), config=trainer.config)
         cell = found[str(steps)]
         cell["head"].append(_cosine(_combined(hybrid.basis, a), move))
         cell["direction"].append(_cosine(direction, move))

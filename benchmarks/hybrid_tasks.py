@@ -47,7 +47,7 @@ class Task(NamedTuple):
     about: dict[str, Any]
 
 
-def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 64) -> Task:
+def embed(folder: Path, *, rows: int = 64, turns: int = 2, hidden: int = 128) -> Task:
     """The embedding predictor: InfoNCE within the batch, no dropout."""
     encoder = load_encoder("minilm")
     dataset, store = prepare(folder, ("train", "dev"), encoder)
@@ -57,7 +57,7 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 64) -> 
         input_dim=encoder.dim,
         output_dim=encoder.dim,
         hidden_dim=hidden,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         max_context_length=turns,
         residual="copy",
@@ -102,6 +102,7 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 64) -> 
         {
             "batch": rows,
             "hidden": hidden,
+            "layers": 1,
             "turns": turns,
             "train rows": len(trained),
             "control rows": CONTROL * small,
@@ -110,7 +111,7 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 64) -> 
     )
 
 
-def lm(folder: Path, *, rows: int = 8, length: int = 64, width: int = 64, layers: int = 2) -> Task:
+def lm(folder: Path, *, rows: int = 8, length: int = 32, width: int = 64, layers: int = 2) -> Task:
     """A byte-level transformer language model; validation is the dev documents' own passages' text."""
     dataset = load_dataset(folder, ("train", "dev"))
     later = {name for example in dataset.splits["dev"] for name in example.positives}

@@ -16,7 +16,7 @@ from prime_jax.hybrid.dynamics import AHEAD
 TREND = 12  # windows that a trend is fitted to
 EXPERTS = ("mean of 4", "mean of 12", "line", "damped line", "dynamics model")
 PRIOR = (0.35, 0.1, 0.0, 0.4, 0.0)
-_STRENGTH = 4.0  # windows of noise that the prior counts for
+_STRENGTH = 64.0  # squared spreads of evidence that the prior counts for
 _FORGET = 0.995
 _DAMPING = 0.9
 
