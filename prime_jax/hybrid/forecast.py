@@ -48,6 +48,7 @@ def experts(means: Float[Array, " M"], centre: Float[Array, " T"]) -> Float[Arra
     """
     last = means[-1]
     damped = base(means)
+    centre = jnp.where(jnp.isfinite(centre), centre, 0.0)  # a broken model says nothing
     flat = jnp.ones(AHEAD)
     told = [
         flat * (jnp.mean(means[-4:]) - last),

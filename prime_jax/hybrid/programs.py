@@ -39,9 +39,32 @@ class Programs(NamedTuple):
     loss: Any
 
 
-@lru_cache(maxsize=8)
 def programs(config: HybridConfig, loss_fn: Callable[[Any, Any], Any]) -> Programs:
-    """What a trainer runs."""
+    """What a trainer runs; settings that only the host reads share it."""
+    names = (
+        "ema_steps",
+        "half_precision",
+        "horizons",
+        "ensemble",
+        "hidden",
+        "latent",
+        "dynamics_rate",
+        "residual_capacity",
+        "exploration",
+        "coefficient_rate",
+        "max_coefficient",
+        "seed",
+    )
+    window = config.window
+    told = {name: getattr(config, name) for name in names}
+    same = HybridConfig(
+        window=window, warmup_steps=window, min_full_steps=window, max_full_steps=window, **told
+    )
+    return _programs(same, loss_fn)
+
+
+@lru_cache(maxsize=8)
+def _programs(config: HybridConfig, loss_fn: Callable[[Any, Any], Any]) -> Programs:
     return Programs(
         init=partial(_laid_out, jax.jit(partial(init_hybrid, config=config))),
         observe=jax.jit(partial(observe, config=config), donate_argnums=0),

@@ -63,7 +63,9 @@ class Recovering(Resumable):
                 assert self.hybrid is not None
                 key = jax.random.fold_in(jax.random.wrap_key_data(self.hybrid.key), self.totals.windows)
                 fresh = init_dynamics(key, len(self.hybrid.square), self.config)
-                self.hybrid, self._predictor_finite = replace(self.hybrid, dynamics=fresh), True
+                told = jnp.zeros_like(self.hybrid.told)
+                self.hybrid = replace(self.hybrid, dynamics=fresh, told=told)
+                self._predictor_finite = True
             elif action is Action.ROLLBACK_AND_RETRY:
                 assert self._snapshot is not None
                 kept = self._snapshot

@@ -197,6 +197,7 @@ def observe(
     # new predictions
     moved = rssm.rollout(dynamics, features[-LENGTH:], jax.random.fold_in(key, 3), config)
     centre, deviation = gaussians(moved.mean, moved.log_variance)
+    deviation = jnp.where(jnp.isfinite(deviation), deviation, 1.0)
     said = experts(means, centre)[ahead - 1]
     usual = spread(means)
     promise = jnp.concatenate(

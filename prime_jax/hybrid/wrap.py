@@ -166,6 +166,7 @@ class HybridTrainer(Jumping):
             state, back = self._recover(state, signals)
             if back:
                 return state
+            hybrid = self.hybrid  # its predictor may be a new one
         else:
             self._retries = 0
             self.phases = replace(self.phases, diverging=False)
