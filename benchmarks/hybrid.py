@@ -43,7 +43,7 @@ RATES = {"embed": (5e-4, 1e-3, 2e-3), "lm": (2e-3, 4e-3, 8e-3)}
 WEIGHT_DECAY = {"embed": 1.0, "lm": 0.01}  # the embedding task overfits its longest runs with less
 LONGEST = 2000
 TUNING_SEED = 100
-CONFIG = HybridConfig(warmup_steps=50, confidence_threshold=0.0, probe_share=0.05)
+CONFIG = HybridConfig(predict=True, warmup_steps=50, confidence_threshold=0.0, probe_share=0.05)
 
 
 def rates(schedule: str, peak: float, total: int) -> np.ndarray:

@@ -2,15 +2,16 @@
 
     python -m benchmarks.hybrid_overhead --data DIR --out benchmarks/results/hybrid_overhead.json
 
-Language models of two sizes: one whose step takes milliseconds, one whose step takes a realistic time. A round
-is a few windows of plain steps, then as many of watched ones, from states of their own; the figure is the
-median over rounds. Processor time of the whole process is what is compared: other programs do not count.
+Language models of two sizes: one whose step takes milliseconds, one whose step takes a realistic time. A
+round is a few windows of plain steps, then as many of watched ones, from states of their own; the figure is
+the median over rounds. Processor time of the whole process is compared: other programs do not count.
 """
 
 import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -55,7 +56,7 @@ def measured(run: Runner, rounds: int, windows: int) -> dict[str, Any]:
     told: dict[str, list[float]] = {"plain": [], "watched": []}
     for _ in range(rounds):
         for name, values in told.items():
-            values.append(1000 * spent(lambda name=name: steps(name)) / count)
+            values.append(1000 * spent(partial(steps, name)) / count)
     params = sum(leaf.size for leaf in jax.tree.leaves(states["plain"]["params"]))
     return {
         "weights": params,

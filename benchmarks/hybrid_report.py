@@ -134,6 +134,38 @@ def table(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def prediction_table(summary: Mapping[str, Any]) -> list[str]:
+    """Markdown rows of loss predictions: means over seeds for each schedule, length and horizon."""
+    lines = []
+    for task, part in summary.items():
+        groups: dict[str, list[Any]] = {}
+        for name, run in part["predictions"].items():
+            groups.setdefault(name.split(" seed")[0], []).append(run)
+        for name, runs in groups.items():
+            for steps in HORIZONS[1:]:
+
+                def over(score: str, runs: list[Any] = runs, steps: str = steps) -> np.ndarray:
+                    return np.array([run[steps][score] for run in runs])
+
+                coverage = over("coverage")
+                scores = ("R2", "R2 possible", "R2 of a step", "skill", "skill of a linear trend")
+                cells = " | ".join(f"{over(score).mean():.2f}" for score in scores)
+                lines.append(
+                    f"| {task} | {name} | {steps} | {cells} | {coverage.min():.2f} to {coverage.max():.2f} |"
+                )
+    return lines
+
+
+def move_table(summary: Mapping[str, Any]) -> list[str]:
+    """Markdown rows of cosines with true moves."""
+    return [
+        f"| {task} | {steps} | {cell['head']:.2f} | {cell['direction']:.2f} | {cell['last move']:.2f} | "
+        f"{cell['ceiling']:.2f} | {cell['head over root of ceiling']:.2f} |"
+        for task, part in summary.items()
+        for steps, cell in part["moves"].items()
+    ]
+
+
 def plot(summary: Mapping[str, Any], file: Path) -> None:
     """Steps saved, loss prediction and moves, one column per task."""
     from matplotlib.figure import Figure
@@ -176,7 +208,7 @@ def plot(summary: Mapping[str, Any], file: Path) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write hybrid_summary.json and hybrid.png, and print the table."""
+    """Write hybrid_summary.json and hybrid.png, and print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -194,7 +226,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
     write_json(given.out / "hybrid_summary.json", summary)
     plot(summary, given.out / "hybrid.png")
-    print("\n".join(table(summary)))
+    rows = [*table(summary), "", *prediction_table(summary), "", *move_table(summary)]
+    print("\n".join(rows))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ class HybridConfig:
 
     Attributes:
         enabled: False makes the wrapper the bare step.
-        predict: Whether jumps are tried during training.
+        predict: Whether jumps are tried during training; off, for they made decayed schedules worse.
         correct: Whether the end of the run is corrected.
         warmup_steps: Real steps before anything is predicted.
         min_full_steps: Real steps between two jumps, at least.
@@ -42,7 +42,7 @@ class HybridConfig:
     """
 
     enabled: bool = True
-    predict: bool = True
+    predict: bool = False
     correct: bool = True
     warmup_steps: int = 100
     min_full_steps: int = 50

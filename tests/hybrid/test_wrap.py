@@ -1,5 +1,6 @@
 """`HybridTrainer` on a small regression: off it is the bare step; on it keeps what helps, and resumes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import optax
 import pytest
 
 from prime_jax.hybrid.divergence import DivergedError
+from prime_jax.hybrid.jumps import end_cost
 from prime_jax.hybrid.phases import Phase
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
@@ -17,6 +19,7 @@ TRUE = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 OPTIMIZER = optax.adam(0.03)
 CONTROL_SEEDS = range(10_000, 10_008)
 SETTINGS: dict[str, Any] = {
+    "predict": True,
     "window": 5,
     "control_batches": 8,
     "warmup_steps": 20,
@@ -26,7 +29,7 @@ SETTINGS: dict[str, Any] = {
     "latent": 2,
 }
 CONFIG = HybridConfig(**SETTINGS)
-GUARDED = HybridConfig(**SETTINGS, predict=False, snapshot="window")
+GUARDED = HybridConfig(**{**SETTINGS, "predict": False, "snapshot": "window"})
 
 
 def data(seed: int, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
@@ -59,8 +62,14 @@ def params_of(state: Any) -> Any:
 
 
 class Run:
-    def __init__(self, config: HybridConfig, broken: frozenset[int] = frozenset()) -> None:
-        self.at, self.broken, self.seen = 0, broken, []
+    def __init__(
+        self,
+        config: HybridConfig,
+        broken: frozenset[int] = frozenset(),
+        first: int = 0,
+        advance: Callable[[Any, int], Any] | None = None,
+    ) -> None:
+        self.at, self.broken, self.seen = first, broken, []
         params = {"w": jnp.zeros((8, 4))}
         self.state: Any = {
             "params": params,
@@ -77,6 +86,7 @@ class Run:
             fresh=lambda count: [data(self.at + ahead) for ahead in range(count)],
             cursor=lambda: self.at,
             seek=lambda place: setattr(self, "at", place),
+            advance=advance,
         )
         self.trainer.init(self.state)
 
@@ -163,3 +173,39 @@ def test_a_broken_batch_is_rolled_back_tried_again_and_skipped() -> None:
 def test_without_a_state_to_go_back_to_it_gives_up() -> None:
     with pytest.raises(DivergedError, match="no finite number"):
         Run(CONFIG, broken=frozenset({12})).go(20)
+
+
+def test_a_jump_that_stays_moves_the_schedule_on_where_that_is_asked_for() -> None:
+    def advance(state: Any, steps: int) -> Any:
+        (adam, *rest) = state["opt_state"]
+        return {**state, "opt_state": (adam._replace(count=adam.count + steps), *rest)}
+
+    virtual = HybridConfig(**SETTINGS, virtual_steps="advance_by_Y")
+    counts = {}
+    for name, config, given in (("advance_by_Y", virtual, advance), ("real", CONFIG, None)):
+        run = Run(config, advance=given).go(35)  # far from arrived: a step in the known direction helps
+        run.trainer.force_phase(Phase.PREDICT)
+        run.go(5)
+        (outcome,) = run.trainer.outcomes
+        assert outcome.kept
+        counts[name] = int(run.state["opt_state"][0].count) - run.trainer.totals.steps
+    assert counts == {"advance_by_Y": outcome.horizon, "real": 0}
+
+
+def test_a_schedule_that_nobody_can_move_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="no `advance` was given"):
+        Run(HybridConfig(**SETTINGS, virtual_steps="advance_by_Y"))
+    with pytest.raises(ValueError, match="virtual_steps is neither"):
+        HybridConfig(virtual_steps="both")
+
+
+def test_where_nothing_stays_the_cost_is_bounded_by_the_share_or_the_end() -> None:
+    share = 0.2
+    run = Run(HybridConfig(**SETTINGS, probe_share=share, confidence_threshold=0.0, accept_level=0.999999))
+    run.trainer._control = [(x, y * np.nan) for x, y in CONTROL]  # no candidate can pass
+    run.go(600)
+    state, _ = run.trainer.finish(run.state)
+    assert not any(outcome.kept for outcome in run.trainer.outcomes)
+    assert equal(state, run.state)
+    end = end_cost(run.trainer.config, run.trainer.forward_cost)
+    assert 0 < run.trainer.totals.cost <= max(share * run.trainer.totals.steps, end)
