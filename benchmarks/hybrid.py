@@ -6,13 +6,15 @@ Costs are full steps: a forward pass counts a third, and what a correction takes
 steps, so every method of a cell has cost the same. Three methods share a schedule (constant, WSD, cosine;
 peak rate tuned for each at the middle length, seed 100): `plain`; `end`, which stops earlier and corrects;
 `full`, which also jumps on the way. `end` follows the plain run, whose schedule it does not finish; `full` is
-a run of its own. Cells are added to the file one by one; what is in it is not run again.
+a run of its own. Steps saved are read off the losses of plain runs of more lengths (`hybrid_report.py`).
+Cells are added to the file one by one; what is in it is not run again.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,22 +26,29 @@ import optax
 
 from benchmarks.common import facts
 from benchmarks.hybrid_quality import move_quality, prequential
-from benchmarks.hybrid_tasks import TASKS, Task
+from benchmarks.hybrid_tasks import TASKS, Task, with_lora
 from prime_jax.files import read_json, write_json
+from prime_jax.hybrid.decide import rows_of
+from prime_jax.hybrid.jumps import FORWARD, end_cost
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
 
-LENGTHS, SEEDS = (400, 800, 1600), (0, 1, 2)
+SEEDS = (0, 1, 2)
+LENGTHS = {"embed": (200, 400, 800), "lm": (400, 800, 1600)}
+# plain runs of more lengths, so that losses can be read as steps
+BETWEEN = {"embed": (160, 250, 500, 1000), "lm": (320, 500, 1000, 2000)}
 SCHEDULES = ("constant", "wsd", "cosine")
 WARMUP, DECAY = 20, 0.2  # steps of warm-up; share of a WSD run that decays
-RATES = {"embed": (5e-4, 1e-3, 2e-3), "lm": (4e-3, 8e-3, 16e-3)}
+RATES = {"embed": (5e-4, 1e-3, 2e-3), "lm": (2e-3, 4e-3, 8e-3)}
+WEIGHT_DECAY = {"embed": 1.0, "lm": 0.01}  # the embedding task overfits its longest runs with less
+LONGEST = 2000
 TUNING_SEED = 100
-CONFIG = HybridConfig(warmup_steps=100, horizons=(0, 5, 10, 25, 50))
+CONFIG = HybridConfig(predict=True, warmup_steps=50, confidence_threshold=0.0, probe_share=0.05)
 
 
 def rates(schedule: str, peak: float, total: int) -> np.ndarray:
     """The learning rate of every step, padded to one length so that one program serves all runs."""
-    at = np.arange(max(LENGTHS))
+    at = np.arange(LONGEST)
     warm = np.minimum(1.0, (at + 1) / WARMUP)
     done = np.clip(at / total, 0, 1)
     shape = {
@@ -58,10 +67,12 @@ def params_of(state: Any) -> Any:
 class Runner:
     """One task, its compiled step and its losses."""
 
-    def __init__(self, task: Task):
-        self.task = task
+    def __init__(self, task: Task, name: str):
+        self.task, self.name, self.config = task, name, CONFIG
         self.optimizer = optax.chain(
-            optax.clip_by_global_norm(1.0), optax.scale_by_adam(b2=0.99), optax.add_decayed_weights(0.01)
+            optax.clip_by_global_norm(1.0),
+            optax.scale_by_adam(b2=0.99),
+            optax.add_decayed_weights(WEIGHT_DECAY[name]),
         )
         self.loss = jax.jit(task.loss)
 
@@ -108,29 +119,34 @@ class Runner:
         )
         return trainer
 
-    def plain(self, seed: int, schedule: str, peak: float, total: int) -> float:
-        """Validation loss of a plain run."""
+    def trained(self, seed: int, schedule: str, peak: float, total: int) -> Any:
+        """State at the end of a plain run."""
         state = self.state(seed, schedule, peak, total)
         for at in range(total):
             state, _ = self.step(state, self.task.batches(seed, at))
-        return self.judged(state["params"])
+        return state
+
+    def plain(self, seed: int, schedule: str, peak: float, total: int) -> float:
+        """Validation loss of a plain run."""
+        return self.judged(self.trained(seed, schedule, peak, total)["params"])
 
 
-def end_cost(config: HybridConfig) -> int:
-    """Full steps that the correction at the end takes, rounded up."""
-    forwards = (3 + len(config.ema_steps)) * config.control_batches / 3
-    return int(np.ceil(config.coefficient_gradients + forwards))
+def taken(run: Runner) -> int:
+    """Full steps that the correction at the end takes at most, rounded up."""
+    forward = FORWARD * rows_of(run.task.control[0]) / rows_of(run.task.batches(0, 0))
+    return int(np.ceil(end_cost(CONFIG, forward)))
 
 
 def shared_run(
     run: Runner, seed: int, schedule: str, peak: float, total: int, branches: Sequence[int]
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     """`plain` and `end` of one trajectory, at each of the branches; and how good the predictions were."""
-    config = HybridConfig(**{**vars(CONFIG), "predict": False})
-    trainer, cost = run.trainer(seed, config), end_cost(config)
+    config = replace(CONFIG, predict=False)
+    trainer, cost = run.trainer(seed, config), taken(run)
     state = run.state(seed, schedule, peak, total)
     trainer.init(state)
     found: dict[str, Any] = {str(length): {} for length in branches}
+    losses = []
     for at in range(total):
         for length in branches:
             if at == length - cost:
@@ -141,19 +157,24 @@ def shared_run(
                 cell = found[str(length)]
                 cell["end"] = run.judged(branch["params"])
                 cell["stopped"] = run.judged(state["params"])
-                cell["choice"], cell["cost"] = outcome.choice, outcome.cost
+                cell |= {name: getattr(outcome, name) for name in ("choice", "kept", "cost")}
                 cell["control_gain"] = 1 - outcome.after / outcome.before
                 trainer.restore(saved)
                 trainer.rows = rows
-        state, _ = trainer.step(state, run.task.batches(seed, at))
+        state, told = trainer.step(state, run.task.batches(seed, at))
+        losses.append(told["loss"])
         if at + 1 in branches:
             found[str(at + 1)]["plain"] = run.judged(state["params"])
-    return found, prequential(trainer.rows, CONFIG)
+        elif at + 1 in BETWEEN[run.name] and len(branches) > 1:
+            found[str(at + 1)] = {"plain": run.judged(state["params"])}
+    losses = [float(loss) for loss in jax.device_get(losses)]
+    return {"lengths": found, "predictions": prequential(trainer.rows, losses, CONFIG)}
 
 
 def full_run(run: Runner, seed: int, schedule: str, peak: float, total: int) -> dict[str, Any]:
     """A run that jumps and corrects, all within the cost of `total` steps."""
-    real = int((total - end_cost(CONFIG)) / (1 + CONFIG.probe_share))
+    # jumps and the end share the budget, which is what the end takes where that is more
+    real = min(int(total / (1 + CONFIG.probe_share)), total - taken(run))
     trainer, state = run.trainer(seed, CONFIG), run.state(seed, schedule, peak, real)
     trainer.init(state)
     for at in range(real):
@@ -165,24 +186,9 @@ def full_run(run: Runner, seed: int, schedule: str, peak: float, total: int) -> 
     return {
         "full": run.judged(state["params"]),
         "totals": trainer.totals.summary(),
-        "jumps": [[o.step, o.horizon, o.choice, o.before, o.after] for o in trainer.outcomes],
+        "jumps": [[o.step, o.horizon, o.choice, o.kept, o.before, o.after] for o in trainer.outcomes],
         "calls": dict(trainer.calls),
     }
-
-
-def seconds(run: Runner, config: HybridConfig | None, steps: int = 200) -> float:
-    """Wall-clock seconds per step, the wrapper's observations included."""
-    trainer = run.trainer(0, config or HybridConfig(enabled=False))
-    state = run.state(0, "constant", 1e-3, steps)
-    trainer.init(state)
-    for at in range(20):
-        state, _ = trainer.step(state, run.task.batches(0, at))
-    jax.block_until_ready(state)
-    started = time.perf_counter()
-    for at in range(20, 20 + steps):
-        state, _ = trainer.step(state, run.task.batches(0, at))
-    jax.block_until_ready(state)
-    return (time.perf_counter() - started) / steps
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -194,10 +200,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     given = parser.parse_args(argv)
-    run = Runner(TASKS[given.task](given.data))
+    run = Runner(TASKS[given.task](given.data), given.task)
+    lengths, between = LENGTHS[given.task], BETWEEN[given.task]
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(CONFIG).items()}
-    same = {"task": given.task, "about": run.task.about, "settings": settings}
+    same = {"task": given.task, "about": run.task.about, "settings": settings, "lengths": list(lengths)}
     if any(result.get(name, value) != value for name, value in same.items()):
         sys.exit(f"{given.out} holds results of another task or of other settings; choose another file")
     known = facts("jax", "flax", "optax")
@@ -212,47 +219,52 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{part} {name}: {time.perf_counter() - started:.0f} s", flush=True)
         return result[part][name]
 
-    middle = LENGTHS[1]
-    peaks = {}
-    for schedule in SCHEDULES:
+    middle = lengths[1]
+
+    def tuned(part: str, runner: Runner, schedule: str) -> float:
         tried = {
             peak: cell(
-                "tuning",
+                part,
                 f"{schedule} {peak:g}",
-                partial(run.plain, TUNING_SEED, schedule, peak, middle),
+                partial(runner.plain, TUNING_SEED, schedule, peak, middle),
             )
             for peak in RATES[given.task]
         }
-        peaks[schedule] = min(tried, key=lambda peak: tried[peak])
+        return min(tried, key=lambda peak: tried[peak])
+
+    peaks = {schedule: tuned("tuning", run, schedule) for schedule in SCHEDULES}
     result["peaks"] = peaks
-    cell(
-        "seconds",
-        "per step",
-        lambda: {
-            "plain": seconds(run, None),
-            "watched": seconds(run, HybridConfig(**{**vars(CONFIG), "predict": False})),
-        },
-    )
     for seed in SEEDS:
         for schedule in SCHEDULES:
-            runs = [(LENGTHS[-1], LENGTHS)] if schedule == "constant" else [(n, (n,)) for n in LENGTHS]
+            longest = max(between)
+            runs = [(longest, lengths)] if schedule == "constant" else [(n, (n,)) for n in lengths]
             for total, branches in runs:
                 name = f"{schedule} {total} seed {seed}"
                 make: Any = partial(shared_run, run, seed, schedule, peaks[schedule], total, branches)
                 cell("shared", name, make)
+            for total in () if schedule == "constant" else between:
+                make = partial(run.plain, seed, schedule, peaks[schedule], total)
+                cell("plain", f"{schedule} {total} seed {seed}", make)
+    for seed in SEEDS:
+        for schedule in SCHEDULES:
+            make = partial(move_quality, run, seed, schedule, peaks[schedule], middle)
+            cell("moves", f"{schedule} seed {seed}", make)
     slow = peaks["wsd"] / 10
     for seed in SEEDS:
         name = f"wsd {middle} seed {seed}, a tenth of the rate"
         cell("undertuned", name, partial(shared_run, run, seed, "wsd", slow, middle, (middle,)))
-    for seed in SEEDS:
-        for schedule in ("constant", "cosine"):
-            make = partial(move_quality, run, seed, schedule, peaks[schedule], middle)
-            cell("moves", f"{schedule} seed {seed}", make)
-    for length in LENGTHS:
+    for length in reversed(lengths):
         for seed in SEEDS:
             for schedule in SCHEDULES:
                 name = f"{schedule} {length} seed {seed}"
                 cell("full", name, partial(full_run, run, seed, schedule, peaks[schedule], length))
+    base = run.trained(TUNING_SEED, "wsd", peaks["wsd"], middle)["params"]
+    tuning = Runner(with_lora(run.task, base), given.task)
+    best = tuned("LoRA tuning", tuning, "wsd")
+    for seed in SEEDS:
+        name = f"wsd {middle} seed {seed}, LoRA"
+        cell("LoRA", name, partial(shared_run, tuning, seed, "wsd", best, middle, (middle,)))
+    result["peaks"]["LoRA"] = best
     write_json(given.out, result)
 
 

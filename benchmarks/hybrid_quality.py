@@ -1,6 +1,7 @@
 """How good predictions are: losses as they were told beforehand, and moves beside what is possible at all."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -8,21 +9,35 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.hybrid import corrector
-from prime_jax.hybrid.basis import optimizer_direction
+from prime_jax.hybrid.basis import direction_of, moments
+from prime_jax.hybrid.forecast import TREND
 from prime_jax.hybrid.settings import HybridConfig
-from prime_jax.hybrid.state import TREND, predict, windows_of
+from prime_jax.hybrid.state import predict, windows_of
 
+_predict = jax.jit(predict, static_argnames="config")
+_units = jax.jit(corrector.units)
 AHEAD = (1, 2, 3, 5, 10, 25, 50)
 
 
-def prequential(rows: Sequence[Mapping[str, Any]], config: HybridConfig) -> dict[str, dict[str, float]]:
+def prequential(
+    rows: Sequence[Mapping[str, Any]], losses: Sequence[float], config: HybridConfig
+) -> dict[str, dict[str, float]]:
     """Per horizon: R2, skill over persistence, that of a linear trend, and coverage of one sigma.
 
     A prediction and what it is compared with are means of one window's losses; windows in which the predictor
-    has not begun (`TREND` of them) are left out.
+    has not begun (`TREND` of them) are left out. `R2 possible` is what a predictor that knows the expected
+    loss of every step would reach: batches differ, and the mean of a window keeps a part of that noise. `R2
+    of a step` scores the same predictions against the loss of the one step that lies so far ahead.
+
+    Args:
+        rows: Of a trainer.
+        losses: Of every step of its run.
+        config: Its settings.
     """
     seen = [row for row in rows if "delta_cosine" in row]
     loss = np.array([row["loss"] for row in seen])
+    noise = np.array([row["loss_std"] for row in seen]) ** 2 / (config.window - 1)
+    single = np.asarray(losses)
     found = {}
     for steps, ahead in zip(config.horizons[1:], windows_of(config), strict=True):
         at = np.arange(TREND + 1, len(seen) - ahead)
@@ -30,6 +45,7 @@ def prequential(rows: Sequence[Mapping[str, Any]], config: HybridConfig) -> dict
         told = np.array([seen[i][f"predicted_{steps}"] for i in at])
         sigma = np.array([seen[i][f"sigma_{steps}"] for i in at])
         line = np.array([_line(loss[i - TREND + 1 : i + 1], ahead) for i in at])
+        step = single[np.array([seen[i]["step"] + steps - 1 for i in at], int)]
 
         def error(values: np.ndarray, true: np.ndarray = true) -> float:
             return float(np.mean((true - values) ** 2))
@@ -37,7 +53,9 @@ def prequential(rows: Sequence[Mapping[str, Any]], config: HybridConfig) -> dict
         stays = error(loss[at])
         found[str(steps)] = {
             "R2": 1 - error(told) / float(np.var(true)),
+            "R2 possible": 1 - float(np.mean(noise[at + ahead])) / float(np.var(true)),
             "R2 persistence": 1 - stays / float(np.var(true)),
+            "R2 of a step": 1 - error(told, step) / float(np.var(step)),
             "skill": 1 - error(told) / stays,
             "skill of a linear trend": 1 - error(line) / stays,
             "coverage": float(np.mean(np.abs(true - told) <= sigma)),
@@ -57,7 +75,7 @@ def move_quality(run: Any, seed: int, schedule: str, peak: float, total: int) ->
     `ceiling` is the cosine between two continuations of one state with batches in different orders; about its
     square root is what any prediction without the batches can reach.
     """
-    config = HybridConfig(predict=False)
+    config = replace(run.config, predict=False)
     trainer, state = run.trainer(seed, config), run.state(seed, schedule, peak, total)
     trainer.init(state)
     found: dict[str, dict[str, list[float]]] = {
@@ -77,11 +95,13 @@ def _measure(run: Any, trainer: Any, state: Any, seed: int, at: int, found: Any)
     true, other = (_continued(run, state, order, at) for order in (seed, seed + 1000))
     last = np.zeros((*hybrid.square.shape, trainer.config.basis), np.float32)
     last[:, -1] = 1.0
-    direction = optimizer_direction(state, start)
-    unit = corrector.units(hybrid.basis)
+    known = moments(state, start)
+    assert known is not None
+    direction = direction_of(known)
+    unit = _units(hybrid.basis)
     for steps in AHEAD:
         move, second = (_minus(one[steps], start) for one in (true, other))
-        _, _, a = predict(hybrid, jnp.asarray(float(steps)), trainer.config)
+        _, _, a = _predict(hybrid, jnp.asarray(float(steps)), config=trainer.config)
         cell = found[str(steps)]
         cell["head"].append(_cosine(_combined(hybrid.basis, a), move))
         cell["direction"].append(_cosine(direction, move))
@@ -100,11 +120,8 @@ def _continued(run: Any, state: Any, seed: int, at: int) -> dict[int, Any]:
 
 
 def _combined(basis: Any, a: Any) -> list[Any]:
-    parts = [jax.tree.leaves(tree) for tree in basis]
-    return [
-        sum(a[g, p] * part[g].astype(jnp.float32) for p, part in enumerate(parts))
-        for g in range(len(parts[0]))
-    ]
+    leaves = jax.tree.leaves(basis)
+    return [jnp.tensordot(a[g], leaf.astype(jnp.float32), 1) for g, leaf in enumerate(leaves)]
 
 
 def _minus(one: Any, other: Any) -> Any:

@@ -1,8 +1,9 @@
-"""The two tasks of `hybrid.py`, small enough for one core: batches, a loss, control and validation sets.
+"""The tasks of `hybrid.py`, small enough for one core: batches, a loss, control and validation sets.
 
 `embed`: the embedding predictor on a data folder. `lm`: a byte-level language model on the same
-folder's passages.
-Control rows are taken from training rows, so that every method trains on the same rest.
+folder's passages. `with_lora`: either of them, its base frozen and low-rank factors trained.
+Control and validation rows are of different documents, all of them from the dev split; nobody trains on them.
+A control batch is a quarter of a training batch, and costs as much.
 """
 
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from prime_jax.models.prime import PredictorConfig
 from prime_jax.train.state import build_graph, pure_params
 from prime_jax.types import Batch
 
-CONTROL = 4  # batches kept aside
+CONTROL = 16  # batches kept aside
 
 
 class Task(NamedTuple):
@@ -46,7 +47,7 @@ class Task(NamedTuple):
     about: dict[str, Any]
 
 
-def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 128) -> Task:
+def embed(folder: Path, *, rows: int = 64, turns: int = 2, hidden: int = 128) -> Task:
     """The embedding predictor: InfoNCE within the batch, no dropout."""
     encoder = load_encoder("minilm")
     dataset, store = prepare(folder, ("train", "dev"), encoder)
@@ -56,7 +57,7 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 128) ->
         input_dim=encoder.dim,
         output_dim=encoder.dim,
         hidden_dim=hidden,
-        num_layers=2,
+        num_layers=1,
         num_heads=4,
         max_context_length=turns,
         residual="copy",
@@ -77,10 +78,14 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 128) ->
         prediction = nnx.merge(graph, params).details(*inputs, dropout_key=None)
         return objective(prediction, given, {})[0]
 
-    random = np.random.default_rng(0)
-    shuffled = random.permutation(len(targets["train"]))
-    kept, trained = np.split(shuffled, [CONTROL * rows])
-    dev = random.permutation(len(targets["dev"]))[: len(targets["dev"]) // rows * rows]
+    random, trained = np.random.default_rng(0), np.arange(len(targets["train"]))
+    documents = np.array([example.id.rsplit("/", 1)[0] for example in dataset.splits["dev"]])
+    names = random.permutation(np.unique(documents))
+    # documents for the control set until it is full; the others validate
+    counts = np.cumsum([np.sum(documents == name) for name in names])
+    few, small = np.searchsorted(counts, CONTROL * rows // 4) + 1, rows // 4
+    chosen = random.permutation(np.flatnonzero(np.isin(documents, names[:few])))
+    judging = random.permutation(np.flatnonzero(np.isin(documents, names[few:])))
 
     def batches(seed: int, step: int) -> Batch:
         per_epoch = len(trained) // rows
@@ -92,28 +97,38 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 4, hidden: int = 128) ->
         lambda seed: pure_params(model.build(rngs=nnx.Rngs(seed))),
         loss,
         batches,
-        [batch("train", part) for part in np.split(kept, CONTROL)],
-        [batch("dev", part) for part in np.split(dev, len(dev) // rows)],
-        {"batch": rows, "hidden": hidden, "turns": turns, "train rows": len(trained), "dev rows": len(dev)},
+        [batch("dev", chosen[at * small : (at + 1) * small]) for at in range(CONTROL)],
+        [batch("dev", judging[at * rows : (at + 1) * rows]) for at in range(len(judging) // rows)],
+        {
+            "batch": rows,
+            "hidden": hidden,
+            "layers": 1,
+            "turns": turns,
+            "train rows": len(trained),
+            "control rows": CONTROL * small,
+            "dev rows": len(judging) // rows * rows,
+        },
     )
 
 
-def lm(folder: Path, *, rows: int = 8, length: int = 64, width: int = 64, layers: int = 2) -> Task:
+def lm(folder: Path, *, rows: int = 8, length: int = 32, width: int = 64, layers: int = 2) -> Task:
     """A byte-level transformer language model; validation is the dev documents' own passages' text."""
     dataset = load_dataset(folder, ("train", "dev"))
     later = {name for example in dataset.splits["dev"] for name in example.positives}
-    joined = {
-        part: np.frombuffer(
-            "\n\n".join(p.text for p in dataset.corpus if (p.id in later) == (part == "dev")).encode(),
-            np.uint8,
-        )
-        for part in ("train", "dev")
-    }
     random = np.random.default_rng(0)
-    cut = len(joined["train"]) - 40_000
-    pieces = {"train": joined["train"][:cut], "control": joined["train"][cut:], "dev": joined["dev"]}
+    documents = sorted({name.rsplit("/", 1)[0] for name in later})
+    kept = set(random.permutation(np.array(documents))[: len(documents) // 4].tolist())
 
-    def batch(part: str, generator: np.random.Generator) -> np.ndarray:
+    def part_of(name: str) -> str:
+        document = name.rsplit("/", 1)[0]
+        return "train" if name not in later else "control" if document in kept else "dev"
+
+    texts: dict[str, list[str]] = {"train": [], "control": [], "dev": []}
+    for passage in dataset.corpus:
+        texts[part_of(passage.id)].append(passage.text)
+    pieces = {part: np.frombuffer("\n\n".join(told).encode(), np.uint8) for part, told in texts.items()}
+
+    def batch(part: str, generator: np.random.Generator, rows: int = rows) -> np.ndarray:
         text = pieces[part]
         starts = generator.integers(0, len(text) - length - 1, rows)
         return np.stack([text[at : at + length + 1] for at in starts]).astype(np.int32)
@@ -160,10 +175,35 @@ def lm(folder: Path, *, rows: int = 8, length: int = 64, width: int = 64, layers
         init,
         loss,
         lambda seed, step: batch("train", np.random.default_rng((seed, step))),
-        [batch("control", random) for _ in range(CONTROL)],
+        [batch("control", random, rows // 4) for _ in range(CONTROL)],
         [batch("dev", random) for _ in range(128)],
         {"batch": rows, "length": length, "width": width, "layers": layers, "bytes": len(pieces["train"])},
     )
+
+
+def with_lora(task: Task, base: Any, rank: int = 4) -> Task:
+    """The same task, with only low-rank factors of its matrices trained on top of frozen weights."""
+    leaves: list[Any] = jax.tree.leaves(base)
+    structure: Any = jax.tree.structure(base)
+    large = [at for at, leaf in enumerate(leaves) if leaf.ndim == 2 and min(leaf.shape) >= 4 * rank]
+
+    def init(seed: int) -> Any:
+        keys = jax.random.split(jax.random.key(seed), len(large))
+        return {
+            str(at): {
+                "down": jax.random.normal(key, (leaves[at].shape[0], rank)) / np.sqrt(leaves[at].shape[0]),
+                "up": jnp.zeros((rank, leaves[at].shape[1])),
+            }
+            for key, at in zip(keys, large, strict=True)
+        }
+
+    def loss(params: Any, given: Any) -> Any:
+        merged = list(leaves)
+        for at in large:
+            merged[at] = leaves[at] + params[str(at)]["down"] @ params[str(at)]["up"]
+        return task.loss(structure.unflatten(merged), given)
+
+    return task._replace(init=init, loss=loss, about={**task.about, "rank": rank})
 
 
 TASKS: dict[str, Callable[[Path], Task]] = {"embed": embed, "lm": lm}

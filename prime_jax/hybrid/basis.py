@@ -1,10 +1,11 @@
 """The few trees that a jump is made of, and what a window's move looks like in them.
 
-An average is kept as its displacement d = average - weights, which changes by d <- decay (d - move): small
-numbers, so that bfloat16 suffices. Coefficients `a[G, P]` (groups are the leaves) make a move
-sum_p a[g, p] B_p.
+P trees are one tree whose leaves are `[P, ...]`: one kernel per leaf instead of P. An average is kept as its
+displacement d = average - weights, which changes by d <- decay (d - move): small numbers, so that bfloat16
+suffices. Coefficients `a[G, P]` (groups are the leaves) make a move sum_p a[g, p] B_p.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -16,18 +17,25 @@ Tree = Any
 _SMALL = 1e-12
 
 
-def optimizer_direction(opt_state: Any, like: Tree) -> Tree | None:
-    """Adam's next step without its learning rate, found by type; None where there are no moments.
+def moments(state: Any, like: Tree) -> tuple[Tree, Tree] | None:
+    """Adam's two moments, found by type; None where there are none.
 
     Args:
-        opt_state: Any optax state, however nested.
+        state: Any optax state, or a state that holds one, however nested.
         like: Tree of the weights; moments of another structure are not theirs.
     """
-    found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
-    for state in found:
-        if isinstance(state, optax.ScaleByAdamState) and _same(state.mu, like):
-            return jax.tree.map(lambda m, v: -m / (jnp.sqrt(v) + 1e-8), state.mu, state.nu)
+    found = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, optax.ScaleByAdamState))
+    for part in found:
+        if isinstance(part, optax.ScaleByAdamState) and _same(part.mu, like):
+            return part.mu, part.nu
     return None
+
+
+def direction_of(known: tuple[Tree, Tree]) -> Tree:
+    """Adam's next step without its learning rate."""
+    return jax.tree.map(
+        lambda m, v: -m.astype(jnp.float32) / (jnp.sqrt(v.astype(jnp.float32)) + 1e-8), *known
+    )
 
 
 def _same(one: Tree, other: Tree) -> bool:
@@ -38,14 +46,31 @@ def _same(one: Tree, other: Tree) -> bool:
     return bool(one_structure == jax.tree.structure(other)) and bool(shapes(one) == shapes(other))
 
 
-def stored(tree: Tree, dtype: Any, key: PRNGKeyArray) -> Tree:
-    """A float32 tree in the dtype that is kept; bfloat16 is rounded stochastically, so right on average."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
-    leaves: list[Array] = jax.tree.leaves(tree)
-    structure: Any = jax.tree.structure(tree)
+def moved_on(basis: Tree, move: Tree, direction: Tree, decays: Float[Array, " A"], key: PRNGKeyArray) -> Tree:
+    """The stack after the weights made `move`, in one pass over each leaf.
+
+    bfloat16 is rounded stochastically, so it is right on average.
+
+    Args:
+        basis: `[P, ...]` leaves: A displacements, the direction, the move before.
+        move: What the weights did, float32.
+        direction: The optimizer's next step now, float32.
+        decays: Of the averages, for the steps that the move took.
+        key: For rounding.
+    """
+    leaves: list[Array] = jax.tree.leaves(basis)
+    structure: Any = jax.tree.structure(basis)
+    zero, one = jnp.zeros(1), jnp.ones(1)
+    keep, of_move = jnp.concatenate([decays, zero, zero]), jnp.concatenate([-decays, zero, one])
+    of_direction = jnp.concatenate([0 * decays, one, zero])
     seeds = jax.random.bits(key, (len(leaves),), jnp.uint32)
-    return structure.unflatten([_rounded(leaf, seeds[at]) for at, leaf in enumerate(leaves)])
+    new = []
+    parts = zip(leaves, jax.tree.leaves(move), jax.tree.leaves(direction), strict=True)
+    for g, (old, m, d) in enumerate(parts):
+        a, b, c = (x.reshape(-1, *[1] * m.ndim) for x in (keep, of_move, of_direction))
+        stack = jnp.where(a > 0, a * old.astype(jnp.float32), 0.0) + b * m[None] + c * d[None]
+        new.append(stack if old.dtype == jnp.float32 else _rounded(stack, seeds[g]))
+    return structure.unflatten(new)
 
 
 def _rounded(leaf: Array, seed: Array) -> Array:
@@ -57,32 +82,35 @@ def _rounded(leaf: Array, seed: Array) -> Array:
 
 def _hashed(shape: tuple[int, ...], seed: Array) -> Array:
     """Noise of an element from its place (murmur3's finalizer): elementwise, so it lies as the leaf does."""
+    factors = (0x9E3779B9, 0x7FEB352D, 0x846CA68B, 0x58B0C2F9, 0x27D4EB2F)
     x = seed
-    for axis, factor in zip(
-        range(len(shape)), (0x9E3779B9, 0x7FEB352D, 0x846CA68B, 0x58B0C2F9), strict=False
-    ):
+    for axis, factor in zip(range(len(shape)), factors, strict=False):
         x = x + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(factor)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
         x = (x ^ (x >> shift)) * jnp.uint32(factor)
     return x ^ (x >> 16)
 
 
-def displaced(displacement: Tree, move: Tree, decay: Array | float) -> Tree:
-    """Displacement of an average after the weights made `move`."""
-    return jax.tree.map(lambda d, m: decay * (d.astype(jnp.float32) - m), displacement, move)
+def gram(basis: Tree, move: Tree) -> tuple[Array, Array, Array]:
+    """`B'B [G, P, P]`, `B'move [G, P]` and `|move|^2 [G]` per group.
+
+    Of a leaf of many rows every fourth is looked at: products of trees are means over elements, and so many
+    are enough.
+    """
+
+    def one(trees: Array, moved: Array) -> Array:
+        rows = jnp.concatenate([_some(trees, 1).astype(jnp.float32), _some(moved, 0)[None]])
+        rows = rows.reshape(len(rows), -1)
+        return rows @ rows.T
+
+    pairs = zip(jax.tree.leaves(basis), jax.tree.leaves(move), strict=True)
+    found = jnp.stack([one(*pair) for pair in pairs])
+    return found[:, :-1, :-1], found[:, :-1, -1], found[:, -1, -1]
 
 
-def gram(basis: tuple[Tree, ...], move: Tree) -> tuple[Array, Array, Array]:
-    """`B'B [G, P, P]`, `B'move [G, P]` and `|move|^2 [G]` per group."""
-
-    def one(*leaves: Array) -> tuple[Array, Array, Array]:
-        *parts, moved = (leaf.astype(jnp.float32).reshape(-1) for leaf in leaves)
-        rows = jnp.stack(parts)
-        return rows @ rows.T, rows @ moved, moved @ moved
-
-    found = [one(*leaves) for leaves in zip(*map(jax.tree.leaves, (*basis, move)), strict=True)]
-    inner, onto, square = (jnp.stack(part) for part in zip(*found, strict=True))
-    return inner, onto, square
+def _some(leaf: Array, axis: int) -> Array:
+    many = leaf.shape[axis:] and leaf.shape[axis] >= 64 and math.prod(leaf.shape[axis:]) >= 2**13
+    return jax.lax.slice_in_dim(leaf, 0, None, 4, axis) if many else leaf
 
 
 def best_coefficients(
@@ -107,13 +135,12 @@ def cosine(a: Array, inner: Array, onto: Array, square: Array) -> Array:
     return jnp.sum(a * onto) / jnp.sqrt(jnp.maximum(length, _SMALL))
 
 
-def jumped(params: Tree, basis: tuple[Tree, ...], a: Float[Array, "G P"]) -> Tree:
+def jumped(params: Tree, basis: Tree, a: Float[Array, "G P"]) -> Tree:
     """Weights moved by `sum_p a[g, p] B_p`, in their own dtype."""
     leaves: list[Array] = jax.tree.leaves(params)
     structure: Any = jax.tree.structure(params)
-    parts = [jax.tree.leaves(tree) for tree in basis]
     moved = []
-    for g, leaf in enumerate(leaves):
-        move = sum(a[g, p] * part[g].astype(jnp.float32) for p, part in enumerate(parts))
+    for g, (leaf, trees) in enumerate(zip(leaves, jax.tree.leaves(basis), strict=True)):
+        move = sum(a[g, p] * trees[p].astype(jnp.float32) for p in range(len(trees)))
         moved.append((leaf.astype(jnp.float32) + move).astype(leaf.dtype))
     return structure.unflatten(moved)

@@ -46,6 +46,12 @@ def skill(calibration: Calibration) -> Float[Array, " H"]:
     return 1 - calibration.error / jnp.maximum(calibration.persistence, 1e-12)
 
 
+def deviation(calibration: Calibration, told: Float[Array, " H"]) -> Float[Array, " H"]:
+    """Expected error before calibration: the past one; while that is short, what the dynamics model told."""
+    n = calibration.judged
+    return jnp.sqrt((n * calibration.error + 4 * told**2) / (n + 4))
+
+
 def judge(
     old: Calibration, mean: Array, sigma: Array, persistence: Array, trend: Array, loss: Array, due: Array
 ) -> Calibration:

@@ -56,21 +56,19 @@ def bounded(found: Float[Array, "G P"], config: HybridConfig) -> Float[Array, "G
     return jnp.clip(jnp.nan_to_num(found, nan=0.0, posinf=0.0, neginf=0.0), -largest, largest)
 
 
-def units(basis: tuple[Any, ...]) -> Float[Array, "G P"]:
+def units(basis: Any) -> Float[Array, "G P"]:
     """Factor of each tree: 1 for averages, window's length over its own for direction and move."""
-
-    def norms(tree: Any) -> Array:
-        return jnp.stack([jnp.linalg.norm(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree)])
-
-    direction, move = norms(basis[-2]), norms(basis[-1])
-    ones = [jnp.ones_like(move)] * (len(basis) - 2)
+    leaves = [leaf[-2:].astype(jnp.float32).reshape(2, -1) for leaf in jax.tree.leaves(basis)]
+    direction, move = jnp.stack([jnp.linalg.norm(leaf, axis=1) for leaf in leaves], axis=1)
+    averages = len(jax.tree.leaves(basis)[0]) - 2
+    ones = [jnp.ones_like(move)] * averages
     return jnp.stack([*ones, move / jnp.maximum(direction, 1e-12), jnp.ones_like(move)], axis=1)
 
 
 def gradient_step(
     corrector: Corrector,
     params: Any,
-    basis: tuple[Any, ...],
+    basis: Any,
     batch: Any,
     loss_fn: LossFn,
     config: HybridConfig,

@@ -44,7 +44,7 @@ def init_dynamics(key: PRNGKeyArray, groups: int, config: HybridConfig) -> Dynam
 
 
 def _optimizer(config: HybridConfig) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.dynamics_rate))
+    return optax.flatten(optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.dynamics_rate)))
 
 
 def _member(key: PRNGKeyArray, groups: int, config: HybridConfig) -> Params:

@@ -47,10 +47,11 @@ class PhaseOutcome:
     Attributes:
         step: Real steps made before it.
         horizon: Steps that it stands for; 0 for the end of the run.
-        kept: Whether the control set improved, so that the weights were changed.
-        choice: What was best: `raw`, `ema <n>`, `predicted` or `corrected`.
-        before: Control loss without it.
-        after: Control loss of the best candidate.
+        kept: Whether the confirming half of the control set says that it helps, so that the weights changed.
+        choice: What the choosing half liked best: `raw`, `ema <n>`, `predicted` or `corrected`.
+        before: Control loss without it, on the confirming half (the choosing one where raw was best).
+        after: That of the choice, on the same half.
+        bound: Upper bound of the mean paired difference; it stays where this is below 0.
         cost: What it took, in full steps (a forward pass is a third).
     """
 
@@ -60,6 +61,7 @@ class PhaseOutcome:
     choice: str
     before: float
     after: float
+    bound: float
     cost: float
 
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from prime_jax.hybrid import bandit, corrector, residuals
-from prime_jax.hybrid.basis import jumped, optimizer_direction
+from prime_jax.hybrid.basis import jumped
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.state import HybridState, init_hybrid, observe, predict, settled
 
@@ -18,14 +19,13 @@ class Programs(NamedTuple):
     """Jitted functions.
 
     Attributes:
-        init: `weights -> HybridState`.
+        init: `weights -> HybridState`, lying as the weights do.
         observe: One window; uses the state up.
         settle: Trees only; uses the state up.
         jump: A whole PREDICT phase.
         choose: Bound of every horizon.
         gradient: One real gradient on coefficients.
-        move: Weights moved along the basis.
-        direction: The optimizer's next step.
+        move: Weights moved along the basis, by coefficients in units.
         loss: As it is judged.
     """
 
@@ -36,26 +36,62 @@ class Programs(NamedTuple):
     choose: Any
     gradient: Any
     move: Any
-    direction: Any
     loss: Any
 
 
+def programs(config: HybridConfig, loss_fn: Callable[[Any, Any], Any]) -> Programs:
+    """What a trainer runs; settings that only the host reads share it."""
+    names = (
+        "ema_steps",
+        "half_precision",
+        "horizons",
+        "ensemble",
+        "hidden",
+        "latent",
+        "dynamics_rate",
+        "residual_capacity",
+        "exploration",
+        "coefficient_rate",
+        "max_coefficient",
+        "seed",
+    )
+    window = config.window
+    told = {name: getattr(config, name) for name in names}
+    same = HybridConfig(
+        window=window, warmup_steps=window, min_full_steps=window, max_full_steps=window, **told
+    )
+    return _programs(same, loss_fn)
+
+
 @lru_cache(maxsize=8)
-def programs(
-    config: HybridConfig, loss_fn: Callable[[Any, Any], Any], get_params: Callable[[Any], Any]
-) -> Programs:
-    """What a trainer runs."""
+def _programs(config: HybridConfig, loss_fn: Callable[[Any, Any], Any]) -> Programs:
     return Programs(
-        init=jax.jit(partial(init_hybrid, config=config)),
+        init=partial(_laid_out, jax.jit(partial(init_hybrid, config=config))),
         observe=jax.jit(partial(observe, config=config), donate_argnums=0),
         settle=jax.jit(partial(settled, config=config), donate_argnums=0),
         jump=jax.jit(partial(jump, config=config)),
         choose=jax.jit(partial(bandit.scores, exploration=config.exploration)),
         gradient=jax.jit(partial(corrector.gradient_step, loss_fn=loss_fn, config=config)),
-        move=jax.jit(jumped),
-        direction=jax.jit(lambda state: optimizer_direction(state, get_params(state))),
+        move=jax.jit(lambda params, basis, c: jumped(params, basis, c * corrector.units(basis))),
         loss=jax.jit(loss_fn),
     )
+
+
+def _laid_out(make: Any, params: Any) -> HybridState:
+    """A fresh state; its trees are sharded as the weights are, all else is on every device."""
+    placed = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(params)]
+    named = [where for where in placed if isinstance(where, NamedSharding)]
+    if len(named) < len(placed) or not named:
+        made: HybridState = make(params)
+        return made
+    everywhere = NamedSharding(named[0].mesh, PartitionSpec())
+    layout = jax.tree.map(lambda _: everywhere, jax.eval_shape(make, params))
+    structure: Any = jax.tree.structure(params)
+    stacks = [NamedSharding(where.mesh, PartitionSpec(None, *where.spec)) for where in named]
+    fields = {name: getattr(layout, name) for name in layout.__dataclass_fields__}
+    fields |= {"anchor": structure.unflatten(named), "basis": structure.unflatten(stacks)}
+    sharded: HybridState = jax.jit(make, out_shardings=HybridState(**fields))(params)
+    return sharded
 
 
 def jump(hybrid: HybridState, params: Any, horizon: Any, config: HybridConfig) -> tuple[Array, Array, Any]:

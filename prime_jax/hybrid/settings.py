@@ -9,7 +9,7 @@ class HybridConfig:
 
     Attributes:
         enabled: False makes the wrapper the bare step.
-        predict: Whether jumps are tried during training.
+        predict: Whether jumps are tried during training; off, for they made decayed schedules worse.
         correct: Whether the end of the run is corrected.
         warmup_steps: Real steps before anything is predicted.
         min_full_steps: Real steps between two jumps, at least.
@@ -23,7 +23,9 @@ class HybridConfig:
         coefficient_gradients: Real gradients that a correction takes.
         coefficient_rate: Step length of a coefficient; 1 is the whole way to an average.
         max_coefficient: Largest absolute coefficient.
-        control_batches: Batches that decide whether a jump stays.
+        control_batches: Batches that decide whether a jump stays: half of them choose, half confirm.
+        accept_level: Of the one-sided test that a jump has to pass.
+        virtual_steps: "real": the schedule follows real steps; "advance_by_Y": a jump that stays moves it on.
         ensemble: Members of the dynamics model.
         hidden: Width of its deterministic state.
         latent: Width of its stochastic state.
@@ -40,12 +42,12 @@ class HybridConfig:
     """
 
     enabled: bool = True
-    predict: bool = True
+    predict: bool = False
     correct: bool = True
     warmup_steps: int = 100
     min_full_steps: int = 50
     max_full_steps: int = 500
-    window: int = 5
+    window: int = 10
     ema_steps: tuple[int, ...] = (12, 25, 50, 100)
     half_precision: bool = True
     horizons: tuple[int, ...] = (0, 5, 10, 25, 50)
@@ -54,7 +56,9 @@ class HybridConfig:
     coefficient_gradients: int = 5
     coefficient_rate: float = 0.1
     max_coefficient: float = 1.5
-    control_batches: int = 2
+    control_batches: int = 16
+    accept_level: float = 0.95
+    virtual_steps: str = "real"
     ensemble: int = 3
     hidden: int = 32
     latent: int = 8
@@ -83,12 +87,15 @@ class HybridConfig:
             "min_full_steps is below one window": self.min_full_steps < self.window,
             "max_full_steps is below min_full_steps": self.max_full_steps < self.min_full_steps,
             "probe_share is no share between 0 and 1": not 0 <= self.probe_share <= 1,
+            "control_batches is below 8, four to choose and four to confirm": self.control_batches < 8,
+            "accept_level is not between 0.5 and 1": not 0.5 <= self.accept_level < 1,
+            "virtual_steps is neither 'real' nor 'advance_by_Y'": self.virtual_steps
+            not in ("real", "advance_by_Y"),
             "snapshot is neither 'probe' nor 'window'": self.snapshot not in ("probe", "window"),
         }
         for name in (
             "window",
             "coefficient_gradients",
-            "control_batches",
             "ensemble",
             "hidden",
             "latent",

@@ -14,12 +14,24 @@ from prime_jax.hybrid.bandit import Bandit, init_bandit
 from prime_jax.hybrid.calibration import Calibration, init_calibration
 from prime_jax.hybrid.dynamics import AHEAD, LENGTH, Dynamics, Lesson, init_dynamics
 from prime_jax.hybrid.features import FEATURES, GRADIENTS, LOSSES, features_of
+from prime_jax.hybrid.forecast import (
+    EXPERTS,
+    TREND,
+    Mixture,
+    base,
+    experts,
+    gaussians,
+    init_mixture,
+    learned,
+    linear,
+    mixed,
+    spread,
+    weights,
+)
 from prime_jax.hybrid.residuals import Residuals, init_residuals
 from prime_jax.hybrid.settings import HybridConfig
 
 MEANS = 64  # windows whose mean loss is remembered
-TREND = 12  # windows that a trend is fitted to
-_DAMPING = 0.9
 _KEEP = 0.9  # of the normal equations, per window
 
 Tree = Any
@@ -32,9 +44,8 @@ class HybridState:
 
     Attributes:
         anchor: Weights at the last observation, float32.
-        displacements: Of the averages from the anchor, one tree per time constant.
-        direction: The optimizer's next step at the anchor, without its learning rate.
-        move: Last window's move.
+        basis: The trees a jump is made of, stacked `[P, ...]`: displacements of the averages from the anchor
+            (one per time constant), the optimizer's next step without its learning rate, last window's move.
         losses: Of single steps, newest last, `[256]`.
         gradients: Gradient norms, `[64]`.
         means: Of the loss per window, `[64]`.
@@ -46,8 +57,9 @@ class HybridState:
         dynamics: The predictor.
         told: What its coefficient head said last, `[G, P]`, added to the ridge solution.
         promised: Predictions that wait for their window, newest first: mean, sigma, persistence, trend,
-            `[12, H, 4]`.
+            spread and what each of K experts said, `[12, H, 5 + K]`.
         calibration: How good predictions were.
+        mixture: What the experts of the loss forecast are worth.
         residuals: Past jumps.
         bandit: Which horizons paid.
         observed: Windows seen.
@@ -56,9 +68,7 @@ class HybridState:
     """
 
     anchor: Tree
-    displacements: tuple[Tree, ...]
-    direction: Tree
-    move: Tree
+    basis: Tree
     losses: Any
     gradients: Any
     means: Any
@@ -71,16 +81,12 @@ class HybridState:
     told: Any
     promised: Any
     calibration: Calibration
+    mixture: Mixture
     residuals: Residuals
     bandit: Bandit
     observed: Any
     step: Any
     key: Any
-
-    @property
-    def basis(self) -> tuple[Tree, ...]:
-        """The trees a jump is made of: displacements, direction, last move."""
-        return (*self.displacements, self.direction, self.move)
 
 
 def init_hybrid(params: Tree, config: HybridConfig) -> HybridState:
@@ -88,15 +94,9 @@ def init_hybrid(params: Tree, config: HybridConfig) -> HybridState:
     kept = jnp.bfloat16 if config.half_precision else jnp.float32
     groups, size = len(jax.tree.leaves(params)), config.basis
     key = jax.random.key(config.seed)
-
-    def nothing() -> Tree:
-        return jax.tree.map(lambda leaf: jnp.zeros_like(leaf, kept), params)
-
     return HybridState(
         anchor=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params),
-        displacements=tuple(nothing() for _ in config.ema_steps),
-        direction=nothing(),
-        move=nothing(),
+        basis=jax.tree.map(lambda leaf: jnp.zeros((size, *leaf.shape), kept), params),
         losses=jnp.zeros(LOSSES),
         gradients=jnp.zeros(GRADIENTS),
         means=jnp.zeros(MEANS),
@@ -107,8 +107,9 @@ def init_hybrid(params: Tree, config: HybridConfig) -> HybridState:
         persistence=jnp.zeros(()),
         dynamics=init_dynamics(key, groups, config),
         told=jnp.zeros((groups, size)),
-        promised=jnp.zeros((AHEAD, len(config.horizons) - 1, 4)),
+        promised=jnp.zeros((AHEAD, len(config.horizons) - 1, 5 + len(EXPERTS))),
         calibration=init_calibration(len(config.horizons) - 1),
+        mixture=init_mixture(len(config.horizons) - 1),
         residuals=init_residuals(config.residual_capacity, groups, size),
         bandit=init_bandit(len(config.horizons), FEATURES),
         observed=jnp.zeros((), jnp.int32),
@@ -120,7 +121,7 @@ def init_hybrid(params: Tree, config: HybridConfig) -> HybridState:
 def observe(
     old: HybridState,
     params: Tree,
-    direction: Tree | None,
+    moments: tuple[Tree, Tree] | None,
     losses: Float[Array, " W"],
     gradients: Float[Array, " W"],
     config: HybridConfig,
@@ -130,8 +131,8 @@ def observe(
     Args:
         old: Before the window.
         params: Weights after it.
-        direction: The optimizer's next step now; None where gradients are hidden: the window's move stands
-            in as pseudo-gradient.
+        moments: The optimizer's, now; None where gradients are hidden: the window's move stands in as
+            pseudo-gradient.
         losses: Of its steps.
         gradients: Gradient norms of its steps; the length of the window's move where they are hidden.
         config: Settings.
@@ -160,6 +161,8 @@ def observe(
     rows = old.promised[ahead - 1, jnp.arange(len(ahead))]
     due = old.observed >= ahead + TREND
     calibration = judging.judge(old.calibration, rows[:, 0], rows[:, 1], rows[:, 2], rows[:, 3], mean, due)
+    unit_then = jnp.maximum(rows[:, 4], 1e-6)
+    mixture = learned(old.mixture, rows[:, 5:], mean - rows[:, 2], unit_then, due)
     # features
     ends = jnp.array([0, len(config.ema_steps) - 1, config.basis - 2, config.basis - 1])
     diagonal = jnp.sqrt(jnp.sum(jnp.diagonal(inner, axis1=1, axis2=2), axis=0)[ends])
@@ -193,13 +196,23 @@ def observe(
     dynamics, trouble = rssm.learn(old.dynamics, lesson, jax.random.fold_in(key, 2), config, trees.misfit)
     # new predictions
     moved = rssm.rollout(dynamics, features[-LENGTH:], jax.random.fold_in(key, 3), config)
-    centre, deviation = mixture(moved.mean, moved.log_variance)
-    promise = jnp.stack(
+    centre, deviation = gaussians(moved.mean, moved.log_variance)
+    deviation = jnp.where(jnp.isfinite(deviation), deviation, 1.0)
+    said = experts(means, centre)[ahead - 1]
+    usual = spread(means)
+    promise = jnp.concatenate(
         [
-            (base(means) + spread(means) * centre)[ahead - 1],
-            (spread(means) * deviation)[ahead - 1],
-            jnp.broadcast_to(mean, ahead.shape),
-            linear(means)[ahead - 1],
+            jnp.stack(
+                [
+                    jnp.maximum(mean + mixed(weights(mixture), said), 0.0),
+                    judging.deviation(calibration, usual * deviation[ahead - 1]),
+                    jnp.broadcast_to(mean, ahead.shape),
+                    linear(means)[ahead - 1],
+                    jnp.broadcast_to(usual, ahead.shape),
+                ],
+                axis=-1,
+            ),
+            said,
         ],
         axis=-1,
     )
@@ -219,6 +232,7 @@ def observe(
         told=jnp.mean(moved.coefficients, axis=0),
         promised=jnp.concatenate([promise[None], old.promised[:-1]]),
         calibration=calibration,
+        mixture=mixture,
         observed=old.observed + 1,
     )
     told |= {
@@ -230,26 +244,25 @@ def observe(
         "predictor_finite": jnp.all(jnp.isfinite(trouble)),
         "features": seen,
     }
-    return settled(following, params, direction, len(losses), config, key), told
+    return settled(following, params, moments, len(losses), config, key), told
 
 
 def settled(
-    old: HybridState, params: Tree, direction: Tree | None, steps: Any, config: HybridConfig, key: Any
+    old: HybridState,
+    params: Tree,
+    moments: tuple[Tree, Tree] | None,
+    steps: Any,
+    config: HybridConfig,
+    key: Any,
 ) -> HybridState:
     """The trees moved on by some real steps; nothing else learns."""
-    kept = jax.tree.leaves(old.move)[0].dtype
     move = _difference(params, old.anchor)
-    keys = jax.random.split(jax.random.fold_in(key, 4), config.basis)
-    displacements = tuple(
-        trees.stored(trees.displaced(d, move, (1 - 1 / constant) ** steps), kept, one)
-        for d, constant, one in zip(old.displacements, config.ema_steps, keys, strict=False)
-    )
+    decays = (1 - 1 / jnp.asarray(config.ema_steps, jnp.float32)) ** steps
+    direction = move if moments is None else trees.direction_of(moments)
     return replace(
         old,
         anchor=jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), params),
-        displacements=displacements,
-        direction=trees.stored(move if direction is None else direction, kept, keys[-2]),
-        move=trees.stored(move, kept, keys[-1]),
+        basis=trees.moved_on(old.basis, move, direction, decays, jax.random.fold_in(key, 4)),
         step=old.step + steps,
     )
 
@@ -265,55 +278,21 @@ def predict(state: HybridState, horizon: Any, config: HybridConfig) -> tuple[Arr
     key = jax.random.fold_in(jax.random.wrap_key_data(state.key), 2**30 + state.observed)
     expected = rssm.rollout(state.dynamics, state.features[-LENGTH:], key, config)
     count = horizon / config.window
-    centre, deviation = mixture(expected.mean, expected.log_variance)
-    at = jnp.clip(count - 1, 0, AHEAD - 1)
-    position = jnp.arange(AHEAD, dtype=jnp.float32)
-    mean = jnp.interp(at, position, base(state.means) + spread(state.means) * centre)
-    sigma = jnp.interp(at, position, spread(state.means) * deviation)
-    scale = jnp.interp(
-        jnp.asarray(horizon, jnp.float32),
-        jnp.asarray(config.horizons[1:], jnp.float32),
-        jnp.exp(state.calibration.log_scale),
-    )
+    centre, _ = gaussians(expected.mean, expected.log_variance)
+    ahead = jnp.asarray(windows_of(config))
+    told = mixed(weights(state.mixture), experts(state.means, centre)[ahead - 1])
+    at, known = jnp.asarray(horizon, jnp.float32), jnp.asarray(config.horizons[1:], jnp.float32)
+    mean = state.means[-1] + jnp.interp(at, known, told)
+    sigma = jnp.interp(at, known, state.promised[0, :, 1] * jnp.exp(state.calibration.log_scale))
     unit = _unit(state.inner, state.square)
     a = trees.best_coefficients(state.inner, state.onto) + jnp.mean(expected.coefficients, 0) * unit
     gamma = state.persistence  # later windows repeat this one's move, less and less
-    return jnp.maximum(mean, 0.0), sigma * scale, a * (1 - gamma**count) / (1 - gamma)
+    return jnp.maximum(mean, 0.0), sigma, a * (1 - gamma**count) / (1 - gamma)
 
 
 def windows_of(config: HybridConfig) -> tuple[int, ...]:
     """Windows ahead of every horizon above 0, rounded up."""
     return tuple(-(-steps // config.window) for steps in config.horizons[1:])
-
-
-def mixture(mean: Float[Array, "E T"], log_variance: Float[Array, "E T"]) -> tuple[Array, Array]:
-    """Mean and deviation of the ensemble's mixture of Gaussians."""
-    centre = jnp.mean(mean, axis=0)
-    return centre, jnp.sqrt(jnp.mean(jnp.exp(log_variance), axis=0) + jnp.var(mean, axis=0))
-
-
-def _fit(means: Array) -> tuple[Array, Array]:
-    at = jnp.arange(TREND, dtype=jnp.float32) - (TREND - 1) / 2
-    last = means[-TREND:]
-    slope = jnp.sum(at * last) / jnp.sum(at * at)
-    return jnp.mean(last) + slope * (TREND - 1) / 2, slope
-
-
-def linear(means: Array) -> Float[Array, " T"]:
-    """The straight line through the last windows, `AHEAD` windows on."""
-    level, slope = _fit(means)
-    return level + slope * jnp.arange(1, AHEAD + 1)
-
-
-def base(means: Array) -> Float[Array, " T"]:
-    """The line again, its slope less and less believed: what the dynamics model adds to."""
-    level, slope = _fit(means)
-    return level + slope * jnp.cumsum(_DAMPING ** jnp.arange(1, AHEAD + 1))
-
-
-def spread(means: Array) -> Float[Array, ""]:
-    """How much a window's mean strays from one to the next."""
-    return jnp.sqrt(jnp.mean(jnp.diff(means[-2 * TREND :]) ** 2) / 2) + 1e-6
 
 
 def _unit(inner: Array, square: Array) -> Array:

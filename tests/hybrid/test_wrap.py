@@ -1,5 +1,6 @@
 """`HybridTrainer` on a small regression: off it is the bare step; on it keeps what helps, and resumes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,21 +10,35 @@ import optax
 import pytest
 
 from prime_jax.hybrid.divergence import DivergedError
+from prime_jax.hybrid.jumps import end_cost
 from prime_jax.hybrid.phases import Phase
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
 
 TRUE = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
 OPTIMIZER = optax.adam(0.03)
-SETTINGS: dict[str, Any] = {"warmup_steps": 20, "min_full_steps": 20, "ensemble": 2, "hidden": 8, "latent": 2}
+CONTROL_SEEDS = range(10_000, 10_008)
+SETTINGS: dict[str, Any] = {
+    "predict": True,
+    "window": 5,
+    "control_batches": 8,
+    "warmup_steps": 20,
+    "min_full_steps": 20,
+    "ensemble": 2,
+    "hidden": 8,
+    "latent": 2,
+}
 CONFIG = HybridConfig(**SETTINGS)
-GUARDED = HybridConfig(**SETTINGS, predict=False, snapshot="window")
+GUARDED = HybridConfig(**{**SETTINGS, "predict": False, "snapshot": "window"})
 
 
-def data(seed: int) -> tuple[np.ndarray, np.ndarray]:
+def data(seed: int, rows: int = 16) -> tuple[np.ndarray, np.ndarray]:
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(16, 8)).astype(np.float32)
-    return x, x @ TRUE + rng.normal(size=(16, 4)).astype(np.float32)
+    x = rng.normal(size=(rows, 8)).astype(np.float32)
+    return x, x @ TRUE + rng.normal(size=(rows, 4)).astype(np.float32)
+
+
+CONTROL = [data(seed, rows=128) for seed in CONTROL_SEEDS]
 
 
 def loss(params: Any, batch: Any) -> Any:
@@ -47,8 +62,14 @@ def params_of(state: Any) -> Any:
 
 
 class Run:
-    def __init__(self, config: HybridConfig, broken: frozenset[int] = frozenset()) -> None:
-        self.at, self.broken, self.seen = 0, broken, []
+    def __init__(
+        self,
+        config: HybridConfig,
+        broken: frozenset[int] = frozenset(),
+        first: int = 0,
+        advance: Callable[[Any, int], Any] | None = None,
+    ) -> None:
+        self.at, self.broken, self.seen = first, broken, []
         params = {"w": jnp.zeros((8, 4))}
         self.state: Any = {
             "params": params,
@@ -61,10 +82,11 @@ class Run:
             lambda state, params: {**state, "params": params},
             loss,
             config,
-            control=[data(10_000), data(10_001)],
+            control=CONTROL,
             fresh=lambda count: [data(self.at + ahead) for ahead in range(count)],
             cursor=lambda: self.at,
             seek=lambda place: setattr(self, "at", place),
+            advance=advance,
         )
         self.trainer.init(self.state)
 
@@ -103,22 +125,26 @@ def test_a_jump_is_one_dispatch_and_stays_only_where_control_improves() -> None:
     run.trainer.force_phase(Phase.PREDICT)
     run.go(5)
     spent = run.trainer.calls - before
-    assert (spent["predict"], spent["coefficient gradient"], spent["control"]) == (1, 5, 6)
+    assert (spent["observe"], spent["predict"], spent["coefficient gradient"]) == (1, 1, 5)
     outcome = run.trainer.outcomes[-1]
-    assert outcome.kept == (outcome.after < outcome.before)
-    control = np.mean([float(loss(run.state["params"], data(seed))) for seed in (10_000, 10_001)])
-    np.testing.assert_allclose(control, min(outcome.before, outcome.after), rtol=1e-5)
+    # raw, predicted and corrected weights on 4 choosing batches; raw and the choice on 4 confirming ones
+    assert spent["control"] == 3 * 4 + 2 * 4 * (outcome.choice != "raw")
+    assert outcome.kept == (outcome.bound < 0)
+    half = CONTROL[:4] if outcome.choice == "raw" else CONTROL[4:]
+    control = np.mean([float(loss(run.state["params"], batch)) for batch in half])
+    np.testing.assert_allclose(control, outcome.after if outcome.kept else outcome.before, rtol=1e-5)
     counted = run.trainer.calls.copy()
     assert all(0 <= value <= 1 for value in run.trainer.confidence)
     assert run.trainer.calls == counted  # reading runs nothing
 
 
 def test_the_end_is_the_best_of_all_candidates() -> None:
-    run = Run(GUARDED).go(103)
+    run = Run(GUARDED).go(303)
     state, outcome = run.trainer.finish(run.state)
     assert outcome is not None
-    assert outcome.after <= outcome.before
-    control = np.mean([float(loss(state["params"], data(seed))) for seed in (10_000, 10_001)])
+    assert outcome.kept
+    assert outcome.after < outcome.before
+    control = np.mean([float(loss(state["params"], batch)) for batch in CONTROL[4:]])
     np.testing.assert_allclose(control, outcome.after, rtol=1e-4)
 
 
@@ -147,3 +173,39 @@ def test_a_broken_batch_is_rolled_back_tried_again_and_skipped() -> None:
 def test_without_a_state_to_go_back_to_it_gives_up() -> None:
     with pytest.raises(DivergedError, match="no finite number"):
         Run(CONFIG, broken=frozenset({12})).go(20)
+
+
+def test_a_jump_that_stays_moves_the_schedule_on_where_that_is_asked_for() -> None:
+    def advance(state: Any, steps: int) -> Any:
+        (adam, *rest) = state["opt_state"]
+        return {**state, "opt_state": (adam._replace(count=adam.count + steps), *rest)}
+
+    virtual = HybridConfig(**SETTINGS, virtual_steps="advance_by_Y")
+    counts = {}
+    for name, config, given in (("advance_by_Y", virtual, advance), ("real", CONFIG, None)):
+        run = Run(config, advance=given).go(35)  # far from arrived: a step in the known direction helps
+        run.trainer.force_phase(Phase.PREDICT)
+        run.go(5)
+        (outcome,) = run.trainer.outcomes
+        assert outcome.kept
+        counts[name] = int(run.state["opt_state"][0].count) - run.trainer.totals.steps
+    assert counts == {"advance_by_Y": outcome.horizon, "real": 0}
+
+
+def test_a_schedule_that_nobody_can_move_on_is_refused() -> None:
+    with pytest.raises(ValueError, match="no `advance` was given"):
+        Run(HybridConfig(**SETTINGS, virtual_steps="advance_by_Y"))
+    with pytest.raises(ValueError, match="virtual_steps is neither"):
+        HybridConfig(virtual_steps="both")
+
+
+def test_where_nothing_stays_the_cost_is_bounded_by_the_share_or_the_end() -> None:
+    share = 0.2
+    run = Run(HybridConfig(**SETTINGS, probe_share=share, confidence_threshold=0.0, accept_level=0.999999))
+    run.trainer._control = [(x, y * np.nan) for x, y in CONTROL]  # no candidate can pass
+    run.go(600)
+    state, _ = run.trainer.finish(run.state)
+    assert not any(outcome.kept for outcome in run.trainer.outcomes)
+    assert equal(state, run.state)
+    end = end_cost(run.trainer.config, run.trainer.forward_cost)
+    assert 0 < run.trainer.totals.cost <= max(share * run.trainer.totals.steps, end)
