@@ -34,7 +34,7 @@ def plot_hybrid(rows: Sequence[Row], horizons: Sequence[int], file: Path) -> boo
     figure = Figure(figsize=(13, 8), layout="constrained")
     losses, chosen, near, far = figure.subplots(2, 2).ravel()
     _losses(losses, rows, seen)
-    _choices(chosen, rows, seen)
+    _choices(chosen, rows, seen, horizons)
     for axes, steps in ((near, horizons[0]), (far, horizons[-1])):
         _predictions(axes, seen, steps)
     with atomic_path(file) as temporary:
@@ -62,7 +62,7 @@ def _losses(axes: "Axes", rows: Sequence[Row], seen: Sequence[Row]) -> None:
     _finish(axes, "Loss, with the phases", "nats")
 
 
-def _choices(axes: "Axes", rows: Sequence[Row], seen: Sequence[Row]) -> None:
+def _choices(axes: "Axes", rows: Sequence[Row], seen: Sequence[Row], horizons: Sequence[int]) -> None:
     """What was chosen where a jump could be afforded, and how sure the predictor was."""
     picked = [row for row in seen if "horizon" in row]
     axes.plot(
@@ -78,24 +78,16 @@ def _choices(axes: "Axes", rows: Sequence[Row], seen: Sequence[Row]) -> None:
         if jumps:
             _points(axes, jumps, "horizon", "D", label, mfc=colour, ms=8)
     _finish(axes, "Horizon choices and confidence", "steps ahead")
-    axes.set_ylim(bottom=-2)
+    axes.set(ylim=(-0.07 * horizons[-1], 1.45 * horizons[-1]), yticks=(0, *horizons))
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     sure = axes.twinx()
-    for name in [name for name in seen[-1] if name.startswith("confidence_")]:
-        known = [row for row in seen if row.get(name) is not None]
-        sure.plot(
-            [row["step"] for row in known],
-            [row[name] for row in known],
-            lw=1,
-            alpha=0.7,
-            label=f"confidence, {name.removeprefix('confidence_')} steps",
-        )
-    sure.set(ylabel="confidence", ylim=(-0.05, 1.05))
+    for steps in horizons:
+        known = [row for row in seen if row.get(f"confidence_{steps}") is not None]
+        at = [row["step"] for row in known]
+        sure.plot(at, [row[f"confidence_{steps}"] for row in known], lw=1, label=f"{steps} steps")
+    sure.set(ylabel="confidence (lines)", ylim=(-0.07, 1.45), yticks=(0, 0.25, 0.5, 0.75, 1))
     sure.spines[["top"]].set_visible(False)
-    lines, labels = axes.get_legend_handles_labels()
-    more, names = sure.get_legend_handles_labels()
-    sure.legend(lines + more, labels + names, frameon=False, fontsize=8, loc="best")
-    if (legend := axes.get_legend()) is not None:
-        legend.remove()
+    sure.legend(frameon=False, fontsize=8, loc="upper right", ncols=2, title="confidence", title_fontsize=8)
 
 
 def _predictions(axes: "Axes", seen: Sequence[Row], steps: int) -> None:
@@ -115,7 +107,7 @@ def _predictions(axes: "Axes", seen: Sequence[Row], steps: int) -> None:
         axes.fill_between(at, low, high, color="tab:orange", alpha=0.25, lw=0, label="one sigma")
         real = [row["loss"] for row in seen if row["step"] >= at[0]]
         room = 0.5 * (max(real) - min(real)) + 1e-6
-        axes.set(xlim=(at[0], at[-1]), ylim=(min(real) - room, max(real) + room))
+        axes.set(xlim=(at[0] - 1, at[-1] + 1), ylim=(min(real) - room, max(real) + room))
     _finish(axes, f"Predicted and real loss, {steps} steps ahead", "nats")
 
 
@@ -133,4 +125,4 @@ def _points(axes: "Axes", rows: Sequence[Row], name: str, marker: str, label: st
 def _finish(axes: "Axes", title: str, unit: str) -> None:
     axes.set(title=title, xlabel="step", ylabel=unit)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(framealpha=0.85, edgecolor="none", fontsize=8)

@@ -194,7 +194,7 @@ def test_a_loss_that_stays_no_number_ends_the_run(
 
 def test_watching_nothing_changes_nothing(data: Path, tmp_path: Path) -> None:
     plain, idle = tmp_path / "plain", tmp_path / "idle"
-    words = [*SETTINGS, "--data.path", str(data), "--train.num-epochs", "1"]
+    words = [*SETTINGS, "--data.path", str(data), "--train.num-epochs", "1", "--mesh.data", "1"]
     assert main([*words, "--out", str(plain)]) == 0
     off = ["--hybrid.enabled", "true", "--hybrid.predict", "false", "--hybrid.correct", "false"]
     assert main([*words, *off, "--out", str(idle)]) == 0
