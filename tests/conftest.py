@@ -23,6 +23,7 @@ LONGEST = (
     "test_sharding.py",
     "test_encoders.py",
     "test_layers.py",
+    "test_hybrid.py",
 )
 
 
