@@ -130,6 +130,7 @@ class _Run:
         self.speed = Speed(config, mesh.size)
         self.history: History
         self.mined: mining.Table | None = None
+        self.as_trained: dict[str, float] = {}
         self.hybrid: HybridRun | None = None
         if watching is not None:
             self.hybrid = HybridRun(config, watching, self.program, self.batches, data, out)
@@ -205,7 +206,10 @@ class _Run:
                     stop = any_process(interrupt.asked)
                 # 3. correct the end, validate and save
                 if self.hybrid is not None and step == self.total_steps:
+                    as_trained = self.validate(self.state).scores  # what the correction itself did is told
                     self.state = self.hybrid.finish(self.state, step)
+                    names = [name for name in as_trained if "MRR@10" in name]
+                    self.as_trained = {f"as trained {name}": as_trained[name] for name in names}
                 validation_due = epoch_ends and self._validation_due(step)
                 found = self._validate(step) if validation_due else Validated({}, None)
                 if validation_due or stop or self._save_due(step):
@@ -329,8 +333,8 @@ class _Run:
         scores = found.scores
         if not scores:  # another process has them
             return found
-        self.history.add({"step": step, "epoch": self._epoch(step), **scores})
-        self.tracker.log(step, scores)
+        self.history.add({"step": step, "epoch": self._epoch(step), **scores, **self.as_trained})
+        self.tracker.log(step, {**scores, **self.as_trained})
         last = next(row for row in reversed(self.history.rows) if "loss" in row)
         name = checkpoints.SELECT_BY
         say(

@@ -1,5 +1,6 @@
 """Everything a run computes with: mesh, model, objective, optimizer, and the step they compile to."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +65,6 @@ class TrainingProgram:
 
     Attributes:
         mesh: The devices of all processes.
-        judged_loss: `(weights, placed batch) -> loss` as weights are judged, not trained.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class TrainingProgram:
         )
         graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
-        self.judged_loss = make_judged_loss(graph, self._objective, plan, self.mesh)
+        self._graph = graph
         self._corpus: Corpus | None = None
         if settings.negatives == "corpus":
             self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh)
@@ -163,6 +163,20 @@ class TrainingProgram:
             self._compiled[shape] = self._compile(state, placed)
         answer: tuple[TrainState, Metrics] = self._compiled[shape](state, placed, self._corpus)
         return answer
+
+    @property
+    def judged_loss(self) -> Callable[[Any, Given], Any]:
+        """`(weights, placed batch) -> loss` as weights are judged, not trained; of prime models."""
+        assert isinstance(self._objective, Objective)
+        settings = self._config.train
+        return make_judged_loss(
+            self._graph,
+            self._objective,
+            self.mesh,
+            remat=remat_of(settings),
+            micro_batch=settings.micro_batch_size,
+            layers_frozen=layers_frozen(settings),
+        )
 
     def placed(self, batch: Batch) -> Given:
         """What `judged_loss` takes: a batch on the devices, and the passages where all are negatives."""

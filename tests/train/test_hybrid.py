@@ -5,7 +5,7 @@ import math
 import os
 import signal
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from prime_jax.config import HybridSection, read_config
 from prime_jax.data.control import conversations, with_control
-from prime_jax.errors import ConfigError, DataError, PredictorError
+from prime_jax.errors import CheckpointError, ConfigError, DataError, PredictorError
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.train import checkpoints, loop, program
 from prime_jax.train.__main__ import main
@@ -121,6 +121,7 @@ def test_a_watched_run_jumps_and_leaves_its_report(whole: Path) -> None:
     assert all(row["after"] <= row["before"] for row in jumps)
     rows = [json.loads(line) for line in (whole / "hybrid.jsonl").read_text().splitlines()]
     assert rows == report["rows"]
+    assert 0 < history(whole)[-1]["as trained MRR@10"] <= 1  # beside the figure after the correction
     last = [row for row in history(whole) if "loss" in row][-1]
     assert last["hybrid_jumps"] == len(jumps) - 1
     assert {"hybrid_phase", "hybrid_saved", "hybrid_overhead", "hybrid_confidence_2"} <= last.keys()
@@ -170,13 +171,13 @@ def test_a_loss_that_is_no_number_goes_back_with_rng_and_data(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A step is broken once, dropout is on; the run ends as if nothing had been."""
-    words = [*options(data, predict="false"), "--train.num-epochs", "2", "--monitor.log-every", "1"]
+    words = [*options(data, predict="false"), "--monitor.log-every", "1"]
     clean, hurt = tmp_path / "clean", tmp_path / "hurt"
     assert main([*words, "--out", str(clean)]) == 0
     with monkeypatch.context() as patch:
         calls = poison(patch, 7)
         assert main([*words, "--out", str(hurt)]) == 0
-    assert len(calls) == 10 + 2  # one window again
+    assert len(calls) == STEPS + 2  # one window again
     assert "no finite number (critical) up to step 8, back to step 6" in capsys.readouterr().err
     assert_same(hurt, clean)
     assert told(hurt)["totals"]["rollbacks"] == 1
@@ -185,14 +186,27 @@ def test_a_loss_that_is_no_number_goes_back_with_rng_and_data(
 
 
 def test_a_loss_that_stays_no_number_ends_the_run(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Retried, then left out, then given up; the examples are named and the last good state is kept."""
-    poison(monkeypatch, *range(7, 99))
-    config = read_config(None, options(data, predict="false", max_rollbacks="2"))
-    with pytest.raises(PredictorError, match=r"loss nan .* in step 7: .* Its batch: "):
-        loop.train(config, tmp_path)
+    """Retried, then left out, then given up; examples are named, the last good state is kept and goes on."""
+    config = read_config(None, options(data, predict="false"))
+    with monkeypatch.context() as patch:
+        poison(patch, *range(7, 99))
+        with pytest.raises(PredictorError, match=r"loss nan .* in step 7: .* Its batch: "):
+            loop.train(config, tmp_path)
     assert [kept.step for kept in checkpoints.list_checkpoints(tmp_path)] == [6]
+    capsys.readouterr()
+    assert loop.train(config, tmp_path, resume=True).step == STEPS
+    assert "6 has no hybrid state: weights and data go on, watching begins anew" in capsys.readouterr().err
+    assert told(tmp_path)["totals"]["steps"] == STEPS
+
+
+def test_a_hybrid_state_of_another_structure_is_told_from_none(whole: Path, tmp_path: Path) -> None:
+    newest = checkpoints.latest(whole)
+    assert newest is not None
+    with pytest.raises(CheckpointError, match="hybrid: cannot be restored"):
+        checkpoints.restore_hybrid(newest, {"arrays": jax.numpy.zeros(3)})
+    assert checkpoints.restore_hybrid(replace(newest, folder=tmp_path), {}) is None
 
 
 def test_watching_nothing_changes_nothing(data: Path, tmp_path: Path) -> None:
