@@ -52,9 +52,7 @@ def one_run(seed: int, enabled: bool, data: Path, settings: list[str]) -> dict[s
     if report is not None:
         jumps = [row for row in report["rows"] if "after" in row]
         found |= {
-            "dev_last_before_correction": {
-                name: judged[-1].get(f"as trained {name}") for name in FIGURES[:2]
-            },
+            "dev_as_trained": {name: judged[-1].get(f"as trained {name}") for name in FIGURES[:2]},
             "hybrid": report["totals"],
             "jumps": jumps,
             "watching_ms_per_step": logged[-1].get("hybrid_ms"),
