@@ -2,10 +2,11 @@
 
     python -m benchmarks.hybrid_report benchmarks/results/hybrid_lm.json ... --out benchmarks/results
 
-Steps saved are 1 - T / T', where T is what a method has cost and T' the length at which plain training of
-the same schedule and seed reaches the same validation loss: its losses at several lengths, made falling,
-linear in the logarithm of the length between them. Where a loss is below all of them, T' is the longest
-length and the figure a lower bound.
+Steps saved are 1 - T / T', where T and T' are the lengths at which plain training of the same schedule and
+seed reaches the validation loss of the plain run and that of the method, which cost the same: read off its
+losses at several lengths, made falling, linear in the logarithm of the length between them. Where a loss is
+below all of them, T' is the longest length and the figure a lower bound; where the losses are nearly flat
+(a task that overfits), small differences are many steps, and the losses themselves say more.
 """
 
 import argparse
@@ -77,7 +78,8 @@ def saved(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 for method, loss in losses_of.items():
                     cell.setdefault(method, []).append(loss)
                     if method != "plain":
-                        share = 1 - length / steps_for(loss, lengths, losses)
+                        needed = steps_for(one["plain"], lengths, losses)
+                        share = 1 - needed / steps_for(loss, lengths, losses)
                         cell.setdefault(f"{method} saved", []).append(share)
                 cell.setdefault("beyond", []).append(bool(one["end"] < losses[-1]))
                 for name in ("choice", "kept", "control_gain"):
