@@ -2,16 +2,14 @@
 
     python train/prepare_next_hop.py DIR --out DIR
 
-Reads a data folder of this library. Of every question with two right passages or more one becomes the turn
-before it, and is excluded from its results; the others are to be found. Which one: the nearest to the
-question, which a first search finds soonest, or the first that the record names. Questions with a single
-right passage are left out. In train every right passage can be the turn once: as many rows as right passages.
+Reads a data folder of this library. Of every question with two right passages or more the one nearest to the
+question, which a first search finds soonest, becomes the turn before it, and is excluded from its results;
+the others are to be found. Questions with a single right passage are left out.
 """
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +26,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, help="data folder with several right passages for a question")
     parser.add_argument("--encoder", default="minilm", help="what nearest means (default: minilm)")
-    parser.add_argument("--turn", choices=("nearest", "first"), default="nearest", help="which is given")
-    parser.add_argument("--every-turn", action="store_true", help="in train, give every one of them once")
     parser.add_argument("--licence", default="see the source of the set", help="of the data, for SOURCE.md")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     given = parser.parse_args(argv)
@@ -40,10 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         encoder = load_encoder(given.encoder)
         dataset, store = prepare(given.folder, splits, encoder)
         files = [given.folder / f"{name}.jsonl" for name in ("corpus", *splits)]
-        identity = identity_of(
-            files, recipe="next_hop", encoder=encoder.identity, turn=given.turn, every_turn=given.every_turn
-        )
-        writer = RecipeWriter(given.out, identity)
+        writer = RecipeWriter(given.out, identity_of(files, recipe="next_hop", encoder=encoder.identity))
         for passage in writer.each("passages", dataset.corpus):
             writer.passage(passage)
         text_of = {passage.id: passage.text for passage in dataset.corpus}
@@ -52,20 +45,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if len(example.positives) < 2:
                     writer.leave_out("a single right passage")
                     continue
-                where = f"{given.folder / split}.jsonl, line {number}"
-                if given.every_turn and split == "train":
-                    for at, turn in enumerate(example.positives):
-                        hop = second_hop(example, turn, text_of[turn])
-                        writer.example(split, replace(hop, id=f"{example.id}/{at}"), where)
-                    continue
                 query = store[store.rows([example.query])][0]
                 facts = store[store.rows([text_of[name] for name in example.positives])]
-                chosen = int(np.argmax(facts @ query)) if given.turn == "nearest" else 0
-                turn = example.positives[chosen]
-                writer.example(split, second_hop(example, turn, text_of[turn]), where)
-        writer.finish(
-            f"second hops of {given.folder.name}, the {given.turn} right passage given", given.licence
-        )
+                first = example.positives[int(np.argmax(facts @ query))]
+                hop = second_hop(example, first, text_of[first])
+                writer.example(split, hop, f"{given.folder / split}.jsonl, line {number}")
+        writer.finish(f"second hops of {given.folder.name}, the nearest right passage given", given.licence)
     except (PredictorError, OSError) as mistake:
         print(f"prepare_next_hop: {mistake}", file=sys.stderr)
         return 2

@@ -216,8 +216,8 @@ class EmbeddingPredictor(nn.Module):
         if self.config.residual != "none":
             base, delta = self._mixed(context, query, context_mask, turns), self.residual_gate * delta
             if self.config.residual == "linear":
-                given = torch.cat([query, base - query], dim=1)
-                delta = delta + self.linear_map(functional.dropout(given, self.config.dropout, self.training))
+                both = torch.cat([query, base - query], dim=1)
+                delta = delta + self.linear_map(functional.dropout(both, self.config.dropout, self.training))
             delta = base + self._capped(delta)
         return functional.normalize(delta, dim=-1)
 
