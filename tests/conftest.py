@@ -40,7 +40,6 @@ LONGEST = (
     "test_layers.py",
     "test_target_head.py",
     "test_modern_bert.py",
-    "test_hybrid.py",
 )
 
 
