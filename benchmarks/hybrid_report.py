@@ -6,7 +6,8 @@ Steps saved are 1 - T / T', where T and T' are the lengths at which plain traini
 seed reaches the validation loss of the plain run and that of the method, which cost the same: read off its
 losses at several lengths, made falling, linear in the logarithm of the length between them. Where a loss is
 below all of them, T' is the longest length and the figure a lower bound; where the losses are nearly flat
-(a task that overfits), small differences are many steps, and the losses themselves say more.
+(a task that overfits), small differences are many steps, and the losses themselves say more. Losses that
+differ by less than 0.0001 count as equal.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from benchmarks.hybrid_quality import AHEAD
 from prime_jax.files import read_json, write_json
 
 SCHEDULES = ("constant", "wsd", "cosine")
+SAME = 1e-4  # a difference of losses that is none
 HORIZONS = ("5", "10", "25", "50")
 
 
@@ -78,10 +80,12 @@ def saved(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 for method, loss in losses_of.items():
                     cell.setdefault(method, []).append(loss)
                     if method != "plain":
+                        if abs(loss - one["plain"]) < SAME:
+                            loss = one["plain"]
                         needed = steps_for(one["plain"], lengths, losses)
                         share = 1 - needed / steps_for(loss, lengths, losses)
                         cell.setdefault(f"{method} saved", []).append(share)
-                cell.setdefault("beyond", []).append(bool(one["end"] < losses[-1]))
+                cell.setdefault("beyond", []).append(bool(one["end"] < losses[-1] - SAME))
                 for name in ("choice", "kept", "control_gain"):
                     cell.setdefault(name, []).append(one[name])
             if cell:
