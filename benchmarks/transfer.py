@@ -50,6 +50,7 @@ def left_out(confidence: Confidence, data: Opened, predicted: ndarray, found: Fi
             predicted[fitted],
             hit=found["P@5"][fitted] > 0,
             gain=found["MRR@10"][fitted],
+            groups=data.groups[fitted],
             query_centres=confidence.query_centres,
             answer_centres=confidence.answer_centres,
         )

@@ -34,43 +34,41 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
         "other context": predictor.predict(test.context[others], test.query, test.mask[others]),
         "no query": predictor.predict(test.context, np.zeros_like(test.query), test.mask),
     }
-    if isinstance(predictor.model, EmbeddingPredictor):
-        parts = {"none": (), "linear": (without_residual, without_linear_map)}
-        for take_away in parts.get(predictor.model.config.residual, (without_residual,)):
-            rest = Predictor.from_model(take_away(predictor.model), precision="float32")
-            name = take_away.__name__.replace("without", "no").replace("_", " ")
-            found[name] = rest.predict(test.context, test.query, test.mask)
+    model = predictor.model
+    rest = {}
+    if isinstance(model, EmbeddingPredictor) and model.config.residual != "none":
+        rest["no residual"] = without_residual(model)
+    if isinstance(model, EmbeddingPredictor) and model.config.residual == "linear":
+        rest["no linear map"] = _reduced(model, {"residual": "copy"}, drop=("linear_map",))
+    for name, what_is_left in rest.items():
+        alone = Predictor.from_model(what_is_left, precision="float32")
+        found[name] = alone.predict(test.context, test.query, test.mask)
     return found
 
 
 def without_residual(model: EmbeddingPredictor) -> EmbeddingPredictor:
     """The model that answers with what its layers add to the residual, and nothing else."""
-    config = model.config.model_copy(
-        update={"residual": "none", "max_delta": None, "use_torch_compile": False}
+    bare = _reduced(
+        model,
+        {"residual": "none", "max_delta": None},
+        drop=("residual_gate", "copy_age", "copy_content", "linear_map"),
     )
-    bare = config.build(rngs=nnx.Rngs(0))
-    weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    gate = weights.pop("residual_gate")
-    for name in ("copy_age", "copy_content", "linear_map"):
-        weights.pop(name, None)
     # The answer is scaled to length 1, so of the gate only its sign is left.
-    sign = jnp.where(gate < 0, -1.0, 1.0)
-    weights["output_proj"] = {name: sign * value for name, value in weights["output_proj"].items()}
-    state = nnx.state(bare, nnx.Param)
-    nnx.replace_by_pure_dict(state, weights)
-    nnx.update(bare, state)
+    sign = jnp.where(model.residual_gate[...] < 0, -1.0, 1.0)
+    for param in (bare.output_proj.kernel, bare.output_proj.bias):
+        param.set_value(sign * param[...])
     return bare
 
 
-def without_linear_map(model: EmbeddingPredictor) -> EmbeddingPredictor:
-    """The model with the residual 'copy' in place of 'linear'."""
-    bare = model.config.model_copy(update={"residual": "copy", "use_torch_compile": False}).build(
-        rngs=nnx.Rngs(0)
-    )
+def _reduced(
+    model: EmbeddingPredictor, changes: Mapping[str, object], *, drop: tuple[str, ...]
+) -> EmbeddingPredictor:
+    """A model of a smaller config with the same weights, less some."""
+    config = model.config.model_copy(update={**changes, "use_torch_compile": False})
+    bare = config.build(rngs=nnx.Rngs(0))
     weights = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    weights.pop("linear_map")
     state = nnx.state(bare, nnx.Param)
-    nnx.replace_by_pure_dict(state, weights)
+    nnx.replace_by_pure_dict(state, {name: part for name, part in weights.items() if name not in drop})
     nnx.update(bare, state)
     return bare
 

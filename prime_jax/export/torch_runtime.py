@@ -302,7 +302,7 @@ class EmbeddingPredictor(nn.Module):
                 f"query has shape {asked}, expected ({turns[0]}, {config.input_dim}) to go with the context"
             )
         if turns[1] > (most := config.max_context_length):
-            raise PredictorError(f"context has {turns[1]} turns, the model takes at most {most}, the newest")
+            raise PredictorError(f"{turns[1]} turns, the model takes at most {most}; pass the newest ones")
         if context_mask is None:
             return
         if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:

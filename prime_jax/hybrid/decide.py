@@ -27,7 +27,7 @@ def upper_bound(candidate: Sequence[float], other: Sequence[float], level: float
 
 
 def student_t(level: float, freedom: int) -> float:
-    """Quantile of Student's t from the normal one (Abramowitz & Stegun 26.7.5); to 1% from 3 degrees on."""
+    """Quantile of Student's t from the normal one (Abramowitz & Stegun 26.7.5); to 2% from 3 degrees on."""
     z = NormalDist().inv_cdf(level)
     terms = (
         z,

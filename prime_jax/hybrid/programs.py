@@ -1,6 +1,7 @@
 """The compiled parts of a hybrid run, shared by all trainers of the same settings and loss."""
 
 from collections.abc import Callable
+from dataclasses import fields, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -39,28 +40,23 @@ class Programs(NamedTuple):
     loss: Any
 
 
+_OF_THE_HOST = frozenset(
+    {
+        *("enabled", "predict", "correct", "snapshot", "max_rollbacks", "virtual_steps", "probe_share"),
+        *("confidence_threshold", "accept_level", "control_batches", "coefficient_gradients"),
+        *("loss_sigma", "gradient_factor", "error_sigma", "oscillation"),
+    }
+)
+
+
 def programs(config: HybridConfig, loss_fn: Callable[[Any, Any], Any]) -> Programs:
-    """What a trainer runs; settings that only the host reads share it."""
-    names = (
-        "ema_steps",
-        "half_precision",
-        "horizons",
-        "ensemble",
-        "hidden",
-        "latent",
-        "dynamics_rate",
-        "residual_capacity",
-        "exploration",
-        "coefficient_rate",
-        "max_coefficient",
-        "seed",
-    )
-    window = config.window
-    told = {name: getattr(config, name) for name in names}
-    same = HybridConfig(
-        window=window, warmup_steps=window, min_full_steps=window, max_full_steps=window, **told
-    )
-    return _programs(same, loss_fn)
+    """What a trainer runs; trainers that differ in settings of the host alone share it."""
+    same: dict[str, Any] = {
+        field.name: field.default for field in fields(HybridConfig) if field.name in _OF_THE_HOST
+    }
+    for length in ("warmup_steps", "min_full_steps", "max_full_steps"):
+        same[length] = config.window  # the least that it can be
+    return _programs(replace(config, **same), loss_fn)
 
 
 @lru_cache(maxsize=8)

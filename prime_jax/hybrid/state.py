@@ -145,12 +145,7 @@ def observe(
     ridge = trees.best_coefficients(old.inner, old.onto)
     unit = _unit(old.inner, old.square)
     a = ridge + old.told * unit
-    cosine = trees.cosine(a, inner, onto, square)
-    told = {
-        "cosine": cosine,
-        "misfit": trees.misfit(a, inner, onto, square),
-        "cosine_direction": trees.cosine(jnp.zeros_like(a).at[:, -2].set(1.0), inner, onto, square),
-    }
+    misfit = trees.misfit(a, inner, onto, square)
     # the rings
     mean = jnp.mean(losses)
     all_losses = _pushed(jnp.where(first, losses[0], old.losses), losses)
@@ -175,7 +170,7 @@ def observe(
         all_gradients,
         cosines,
         diagonal / jnp.maximum(length, 1e-12),
-        1 - told["misfit"],
+        1 - misfit,
         step.astype(jnp.float32),
         judging.skill(calibration)[four],
         calibration.last[four],
@@ -235,7 +230,8 @@ def observe(
         mixture=mixture,
         observed=old.observed + 1,
     )
-    told |= {
+    told = {
+        "cosine": trees.cosine(a, inner, onto, square),
         "confidence": calibration.confidence,
         "skill": judging.skill(calibration),
         "last_error": jnp.max(jnp.where(due, jnp.abs(calibration.last), 0.0)),

@@ -24,6 +24,7 @@ CENTRES = 64
 QUERIES_PER_CENTRE = 10  # fewer could be told apart in the file
 RAMP = (0.05, 0.2)  # shares of dev queries that are not trusted at all, and not fully
 RIDGES = (1.0, 5.0, 25.0, 125.0, 625.0)  # validation splits are often small
+CAREFUL = 25.0  # the ridge where there are too few groups to leave some out
 FOLDS = 5
 LEVEL = 0.01
 FEWEST_GROUPS = 10
@@ -115,7 +116,7 @@ def _best_ridge(
     labels = np.arange(len(hit)) if groups is None else np.unique(groups, return_inverse=True)[1]
     count = int(labels.max()) + 1
     if count < FEWEST_GROUPS:
-        return RIDGES[2]
+        return CAREFUL
     fold = np.random.default_rng(0).permutation(count)[labels] % FOLDS
 
     def surprise(ridge: float) -> float:

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_wrap import CONFIG, CONTROL, GUARDED, OPTIMIZER, data, loss, params_of
+from test_wrap import CONFIG, GUARDED, OPTIMIZER, watched
 
 from prime_jax.hybrid.divergence import Action
 from prime_jax.hybrid.settings import HybridConfig
-from prime_jax.hybrid.wrap import HybridTrainer
 
 CALM = 60  # steps before the fault: past that signals are measured against
 
@@ -27,17 +26,7 @@ class Told:
             "opt_state": OPTIMIZER.init(params),
             "rng": jax.random.key(1),
         }
-        self.trainer = HybridTrainer(
-            self._step,
-            params_of,
-            lambda state, params: {**state, "params": params},
-            loss,
-            config,
-            control=CONTROL,
-            fresh=lambda count: [data(at) for at in range(count)],
-            cursor=lambda: self.at,
-            seek=lambda place: setattr(self, "at", place),
-        )
+        self.trainer = watched(self, self._step, config)
         self.trainer.init(self.state)
         self.random = np.random.default_rng(0)
 

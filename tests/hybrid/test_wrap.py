@@ -61,6 +61,22 @@ def params_of(state: Any) -> Any:
     return state["params"]
 
 
+def watched(run: Any, train_step: Any, config: HybridConfig, **more: Any) -> HybridTrainer:
+    """A trainer around a step; its cursor is `run.at`."""
+    return HybridTrainer(
+        train_step,
+        params_of,
+        lambda state, params: {**state, "params": params},
+        loss,
+        config,
+        control=CONTROL,
+        fresh=lambda count: [data(run.at + ahead) for ahead in range(count)],
+        cursor=lambda: run.at,
+        seek=lambda place: setattr(run, "at", place),
+        **more,
+    )
+
+
 class Run:
     def __init__(
         self,
@@ -76,18 +92,7 @@ class Run:
             "opt_state": OPTIMIZER.init(params),
             "rng": jax.random.key(1),
         }
-        self.trainer = HybridTrainer(
-            step,
-            params_of,
-            lambda state, params: {**state, "params": params},
-            loss,
-            config,
-            control=CONTROL,
-            fresh=lambda count: [data(self.at + ahead) for ahead in range(count)],
-            cursor=lambda: self.at,
-            seek=lambda place: setattr(self, "at", place),
-            advance=advance,
-        )
+        self.trainer = watched(self, step, config, advance=advance)
         self.trainer.init(self.state)
 
     def go(self, steps: int) -> "Run":

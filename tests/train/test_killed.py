@@ -78,7 +78,9 @@ def test_a_full_disk_stops_the_run_and_keeps_the_checkpoint_before(
     def counting(*args: Any) -> Any:
         seen.append(1)
         if len(seen) == 7:
-            while not checkpoints.list_checkpoints(tmp_path):  # that of step 5 is written beside the steps
+            deadline = time.monotonic() + 60  # the checkpoint of step 5 is written beside the steps
+            while not checkpoints.list_checkpoints(tmp_path):
+                assert time.monotonic() < deadline
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
         return real(*args)
