@@ -75,10 +75,24 @@ def checkpoints_folder(run: Path) -> Path:
 
 
 def list_checkpoints(run: Path) -> list[Checkpoint]:
-    """All complete checkpoints of a run, oldest first."""
+    """All complete checkpoints of a run, oldest first; a run that trains may remove some meanwhile.
+
+    Raises:
+        CheckpointError: If the manifest of one is damaged.
+    """
     folders = [path for path in checkpoints_folder(run).glob("*") if path.name.isdecimal()]
-    complete = [path for path in folders if (path / MANIFEST).is_file()]
-    return sorted((Checkpoint(path, read_manifest(path)) for path in complete), key=lambda c: c.step)
+    found = [_complete(path) for path in folders]
+    return sorted((one for one in found if one is not None), key=lambda c: c.step)
+
+
+def _complete(folder: Path) -> Checkpoint | None:
+    """The checkpoint in a folder; None where there is no manifest, or it went while it was being read."""
+    try:
+        return Checkpoint(folder, read_manifest(folder))
+    except (CheckpointError, OSError):
+        if (folder / MANIFEST).is_file():
+            raise
+        return None
 
 
 def latest(run: Path) -> Checkpoint | None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from prime_jax import manifest
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError
 from prime_jax.models.prime import PredictorConfig
@@ -70,6 +71,25 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
         save(tmp_path, step, score)
     assert [kept.step for kept in checkpoints.list_checkpoints(tmp_path)] == [2, 4]
     assert checkpoints.best(tmp_path).step == 2
+
+
+@pytest.mark.parametrize("read_before", [False, True])
+def test_one_that_training_removes_while_it_is_read_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read_before: bool
+) -> None:
+    """A service may look for the newest checkpoint of a run that goes on."""
+    for step, score in ((1, 0.9), (2, 0.1)):
+        save(tmp_path, step, score)
+    old = checkpoints.checkpoints_folder(tmp_path) / "1" / "manifest.json"
+    real = manifest.read_json
+
+    def racing(path: Path) -> object:
+        value = real(path) if read_before else None
+        old.unlink(missing_ok=True)
+        return value if read_before else real(path)
+
+    monkeypatch.setattr(manifest, "read_json", racing)
+    assert [kept.step for kept in checkpoints.list_checkpoints(tmp_path)] == [2]
 
 
 def test_a_checkpoint_cut_off_while_writing_is_ignored_and_replaced(tmp_path: Path) -> None:
