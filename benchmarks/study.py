@@ -118,13 +118,18 @@ def compared(ours: Figures, rivals: Mapping[str, Figures], data: Opened) -> dict
     }
 
 
-def one_run(config: Config, data: Opened) -> tuple[Figures, dict[str, Any]]:
-    """Train once; the figures of its best checkpoint on dev."""
+def trained(config: Config, run: Path) -> Path:
+    """Train, or go on with the run in the folder; a finished one stays as it is."""
+    if train(config, run, resume=(run / "config.yaml").is_file()).interrupted:
+        sys.exit("stopped; go on with the same command")
+    return run
+
+
+def one_run(config: Config, data: Opened, keep: Path | None) -> tuple[Figures, dict[str, Any]]:
+    """Train once; the figures of its best checkpoint on dev. Without `keep` the run is removed."""
     dev, started = data.splits["dev"], time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        if train(config, Path(folder) / "run").interrupted:
-            sys.exit("stopped; go on with the same command")
-        predictor = load(Path(folder) / "run", precision="float32")
+        predictor = load(trained(config, keep or Path(folder) / "run"), precision="float32")
         memory = predictor.map_memory(data.corpus.embeddings)
         figures = measured(predictor.predict(dev.context, dev.query, dev.mask), data, memory)
         step = predictor.info()["step"]
@@ -141,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--unseen", metavar="KEY", help="field of a record that says that it is new")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs, as DIR/VARIANT/SEED")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("variants", nargs="*", metavar="'NAME: SETTINGS'")
     given, shared = parser.parse_known_args(argv)
@@ -189,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             or configs[0].model.max_context_length != base.model.max_context_length
         ):
             parser.error(f"{name}: changes what is read; make that a study of its own, with another --out")
-        runs = [one_run(config, data) for config in configs]
+        folders = [given.keep and given.keep / name / str(seed) for seed in given.seeds]
+        runs = [one_run(config, data, kept) for config, kept in zip(configs, folders, strict=True)]
         mean = {metric: np.mean([figures[metric] for figures, _ in runs], axis=0) for metric in METRICS}
         means = described(mean, data.fresh)
         seeds = [{**about, **described(figures, data.fresh)} for figures, about in runs]

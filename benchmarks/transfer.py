@@ -18,7 +18,7 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.common import facts
-from benchmarks.study import METRICS, Figures, Opened, measured, opened
+from benchmarks.study import METRICS, Figures, Opened, measured, opened, trained
 from prime_jax import load
 from prime_jax.config import read_config
 from prime_jax.evaluate.reliability import reliability
@@ -27,7 +27,6 @@ from prime_jax.files import write_json
 from prime_jax.models.confidence import Confidence, mix
 from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
-from prime_jax.train.loop import train
 
 FOLDS = 5
 
@@ -114,6 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--config", type=Path, required=True, metavar="FILE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--runs", type=Path, metavar="DIR", help="keep the runs, as DIR/NAME/SEED, and use those there"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument("sets", nargs="+", metavar="NAME=DIR[,SETTING...]")
     given = parser.parse_args(argv)
@@ -128,8 +130,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, own in settings.items():
         for seed in given.seeds:
             with tempfile.TemporaryDirectory() as folder:
-                run = Path(folder) / "run"
-                train(read_config(given.config, [*own, f"--train.seed={seed}"]), run)
+                run = (given.runs or Path(folder)) / name / str(seed)
+                trained(read_config(given.config, [*own, f"--train.seed={seed}"]), run)
                 print(f"trained on {name}, seed {seed}")
                 row = judged(run, name, sets, plain)
             found["trained_on"].setdefault(name, {})[str(seed)] = row
