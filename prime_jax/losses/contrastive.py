@@ -89,11 +89,25 @@ def _info_nce(
         everything = jax.nn.logsumexp(jnp.concatenate([right, others], axis=1), axis=1)
         loss = everything - right[:, 0]
     else:
-        right = jnp.einsum("be,bpe->bp", predicted, unit(batch.positives)) / temperature
-        real = batch.positive_ids >= 0
-        each = jnp.logaddexp(right, jax.nn.logsumexp(others, axis=1)[:, None]) - right
-        loss = jnp.sum(jnp.where(real, each, 0.0), axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
+        loss = mean_over_answers(predicted / temperature, batch, jax.nn.logsumexp(others, axis=1))
     return InfoNCE(loss=loss, negatives=jnp.sum(wrong, axis=1))
+
+
+def mean_over_answers(
+    predicted: Float[Array, "b E"], batch: Batch, wrong: Float[Array, " b"]
+) -> Float[Array, " b"]:
+    """The mean over a row's right answers of `-log softmax` of that one among itself and the negatives.
+
+    Args:
+        predicted: Unit-norm predictions, divided by the temperature.
+        batch: With `positives`.
+        wrong: Log-sum-exp of the negatives' similarities, divided by the temperature.
+    """
+    assert batch.positives is not None
+    right = jnp.einsum("be,bpe->bp", predicted, unit(batch.positives))
+    real = batch.positive_ids >= 0
+    each = jnp.logaddexp(right, wrong[:, None]) - right
+    return jnp.sum(jnp.where(real, each, 0.0), axis=1) / jnp.maximum(jnp.sum(real, axis=1), 1)
 
 
 def _is_positive(ids: Int[Array, "#b C"], batch: Batch) -> Bool[Array, "b C"]:

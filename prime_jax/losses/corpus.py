@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from prime_jax.losses.contrastive import InfoNCE
+from prime_jax.losses.contrastive import InfoNCE, mean_over_answers
 from prime_jax.nn.attention import MASKED
 from prime_jax.nn.linear import product, unit
 from prime_jax.types import Batch
@@ -71,7 +71,7 @@ def corpus_info_nce(
     """InfoNCE of each example against every passage that is not one of its right answers.
 
     The sibling of `info_nce`, with M candidates in place of B. Explicit negatives of the batch are passages
-    too and need no further place.
+    too and need no further place. As there, a row with `positives` has the mean loss of its right answers.
 
     Args:
         predicted: Predictions, `[B, E]`; normalised here.
@@ -80,10 +80,14 @@ def corpus_info_nce(
         temperature: Divides the cosine similarities; 0.07 (BR-PRED-003).
     """
     predicted = unit(predicted) / temperature
-    right = jnp.einsum("be,be->b", predicted, unit(batch.target))
     wrong = _log_sum_exp(predicted, corpus, batch.positive_ids)
+    if batch.positives is None:
+        right = jnp.einsum("be,be->b", predicted, unit(batch.target))
+        loss = jnp.logaddexp(right, wrong) - right
+    else:
+        loss = mean_over_answers(predicted, batch, wrong)
     right_answers = jnp.sum(batch.positive_ids >= 0, axis=1)
-    return InfoNCE(loss=jnp.logaddexp(right, wrong) - right, negatives=corpus.rows - right_answers)
+    return InfoNCE(loss=loss, negatives=corpus.rows - right_answers)
 
 
 @jax.custom_vjp

@@ -63,6 +63,30 @@ def test_values_and_gradients_equal_the_dense_softmax(chunk: int, temperature: f
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
 
 
+@pytest.mark.parametrize("chunk", [4, 23])
+def test_every_right_answer_of_a_row_is_to_be_found(chunk: int) -> None:
+    rights = jnp.asarray(np.where(POSITIVES[..., None] >= 0, UNIT[POSITIVES], 0.0), jnp.float32)
+    given = batch()._replace(positives=rights)
+    predicted = jnp.asarray(RNG.normal(size=(4, DIM)), jnp.float32)
+
+    def streamed(predicted: jax.Array) -> jax.Array:
+        return corpus_info_nce(predicted, given, in_chunks(PASSAGES, chunk), temperature=0.1).loss
+
+    def dense_mean(predicted: jax.Array) -> jax.Array:
+        predicted = predicted / jnp.linalg.norm(predicted, axis=1, keepdims=True)
+        logits, losses = predicted @ UNIT.T / 0.1, []
+        for row, ids in zip(logits, POSITIVES, strict=True):
+            wrong = jax.nn.logsumexp(row[np.setdiff1d(np.arange(ROWS), ids)])
+            losses.append(jnp.mean(jnp.stack([jnp.logaddexp(row[n], wrong) - row[n] for n in ids if n >= 0])))
+        return jnp.stack(losses)
+
+    np.testing.assert_allclose(streamed(predicted), dense_mean(predicted), rtol=1e-5, atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda p, loss=loss: loss(p).sum())(predicted) for loss in (streamed, dense_mean)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
 def test_every_other_passage_is_a_negative() -> None:
     values = corpus_info_nce(jnp.ones((4, DIM)), batch(), in_chunks(PASSAGES, 8))
     np.testing.assert_array_equal(values.negatives, [22, 21, 20, 21])
