@@ -47,26 +47,26 @@ Figures = Mapping[str, ndarray]
 
 
 class Opened(NamedTuple):
-    """A data folder as arrays; of the queries of dev which are new, and which belong together."""
+    """A data folder as arrays; of the queries that are judged which are new, and which belong together."""
 
     hash: str
     splits: Mapping[str, Split]
+    judged: Split
     corpus: Corpus
     fresh: ndarray
     groups: ndarray
 
 
-def opened(config: Config, unseen_key: str | None) -> Opened:
-    """Train and dev, encoded (once; the store is kept beside the data)."""
+def opened(config: Config, unseen_key: str | None, judged: str = "dev") -> Opened:
+    """Train, dev and the split that is judged, encoded (once; the store is kept beside the data)."""
     if config.steered:
         sys.exit(f"a {config.model.kind} model takes steering, no turns: see benchmarks.steering_study")
     assert config.data.path is not None
     source, encoder = config.data, load_encoder(config.data.encoder)
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     folder = None if source.store is None else Path(source.store)
-    dataset, store = prepare(
-        Path(config.data.path), ("train", "dev"), encoder, store_folder=folder, **prefixes
-    )
+    names = ("train", "dev", *({judged} - {"dev"}))
+    dataset, store = prepare(Path(config.data.path), names, encoder, store_folder=folder, **prefixes)
     embedded = embed_dataset(
         dataset,
         store,
@@ -76,20 +76,19 @@ def opened(config: Config, unseen_key: str | None) -> Opened:
         **prefixes,
     )
     splits = split_arrays(dataset, embedded, encoder, source)
-    examples = dataset.splits["dev"]
-    fresh = unseen(splits["dev"].positives, splits["train"].positives)
+    examples = dataset.splits[judged]
+    fresh = unseen(splits[judged].positives, splits["train"].positives)
     if unseen_key is not None:
         fresh = np.array([bool(example.extra[unseen_key]) for example in examples])
     corpus = Corpus(embedded.corpus(), embedded.corpus_scope)
-    return Opened(dataset.hash, splits, corpus, fresh, conversations(examples))
+    return Opened(dataset.hash, splits, splits[judged], corpus, fresh, conversations(examples))
 
 
 def measured(vectors: ndarray, data: Opened, memory: Rows | None = None) -> Figures:
-    """Every metric of every query of dev; `memory` are the passages where a trained head maps them."""
-    dev = data.splits["dev"]
+    """Every metric of every judged query; `memory` are the passages where a trained head maps them."""
     corpus = data.corpus if memory is None else data.corpus._replace(embeddings=memory)
-    found = retrieve(vectors, dev, corpus, 10)[1]
-    return ranking_metrics(found, dev.positives)
+    found = retrieve(vectors, data.judged, corpus, 10)[1]
+    return ranking_metrics(found, data.judged.positives)
 
 
 def described(figures: Figures, fresh: ndarray) -> dict[str, float]:
@@ -118,6 +117,15 @@ def compared(ours: Figures, rivals: Mapping[str, Figures], data: Opened) -> dict
     }
 
 
+def tuned_rivals(data: Opened) -> tuple[dict[str, Any], dict[str, Figures]]:
+    """Every baseline, tuned on dev: its settings, and its figures for the judged queries."""
+    settings, figures = {}, {}
+    for baseline in baselines(data.splits["train"], data.splits["dev"], data.corpus):
+        settings[baseline.name], _ = tune(baseline, data.splits["dev"], data.corpus)
+        figures[baseline.name] = measured(baseline.prepare(data.judged)(settings[baseline.name]), data)
+    return settings, figures
+
+
 def trained(config: Config, run: Path) -> Path:
     """Train, or go on with the run in the folder; a finished one stays as it is."""
     if train(config, run, resume=(run / "config.yaml").is_file()).interrupted:
@@ -126,12 +134,12 @@ def trained(config: Config, run: Path) -> Path:
 
 
 def one_run(config: Config, data: Opened, keep: Path | None) -> tuple[Figures, dict[str, Any]]:
-    """Train once; the figures of its best checkpoint on dev. Without `keep` the run is removed."""
-    dev, started = data.splits["dev"], time.perf_counter()
+    """Train once; the figures of the checkpoint that is best on dev. Without `keep` the run is removed."""
+    judged, started = data.judged, time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         predictor = load(trained(config, keep or Path(folder) / "run"), precision="float32")
         memory = predictor.map_memory(data.corpus.embeddings)
-        figures = measured(predictor.predict(dev.context, dev.query, dev.mask), data, memory)
+        figures = measured(predictor.predict(judged.context, judged.query, judged.mask), data, memory)
         step = predictor.info()["step"]
     spent = time.perf_counter() - started
     return figures, {"seed": config.train.seed, "best_step": step, "seconds": round(spent)}
@@ -160,16 +168,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     same = {"data_hash": data.hash, "seeds": given.seeds, "unseen_key": given.unseen, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")
-    rivals: dict[str, Figures] = {}
-    described_rivals: dict[str, Any] = {}
-    for baseline in baselines(data.splits["train"], data.splits["dev"], data.corpus):
-        settings, _ = tune(baseline, data.splits["dev"], data.corpus)
-        rivals[baseline.name] = measured(baseline.prepare(data.splits["dev"])(settings), data)
-        described_rivals[baseline.name] = {
-            "settings": settings,
-            **described(rivals[baseline.name], data.fresh),
-        }
-        print(line(baseline.name, described_rivals[baseline.name]))
+    settings, rivals = tuned_rivals(data)
+    described_rivals: dict[str, Any] = {
+        name: {"settings": settings[name], **described(rivals[name], data.fresh)} for name in rivals
+    }
+    for name, row in described_rivals.items():
+        print(line(name, row))
     result |= {
         "set": given.data.name,
         "queries": len(data.fresh),
