@@ -11,12 +11,14 @@ from flax import nnx
 
 from prime_jax._version import __version__
 from prime_jax.config import Config, SteeringConfig, load_stored_config
+from prime_jax.data.control import with_control
 from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.losses.jasper import ROUTING_COMPONENTS, JasperLossConfig
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.subspace import SubspaceConfig
@@ -47,6 +49,7 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         "data",
         "steering",
         "jasper",
+        "hybrid",
     ):  # another mesh, other trackers change no result
         before, now = getattr(stored, section).model_dump(), getattr(config, section).model_dump()
         changed = [name for name in before if before[name] != now.get(name)]
@@ -57,6 +60,24 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
                 f"{out} was trained with {section}.{name} {before[name]!r}, not {now.get(name)!r}; "
                 "a resumed run keeps its settings"
             )
+
+
+def hybrid_settings(config: Config) -> HybridConfig | None:
+    """The section `hybrid` as its part wants it; None where nothing is watched.
+
+    Raises:
+        ConfigError: If its numbers contradict each other, or there are several processes.
+    """
+    if not config.hybrid.watching:
+        return None
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "hybrid.enabled needs a run in one process (with as many devices as you like); set it to false"
+        )
+    try:
+        return HybridConfig(**config.hybrid.model_dump())
+    except ValueError as contradiction:
+        raise ConfigError(str(contradiction)) from None
 
 
 class Prepared(NamedTuple):
@@ -120,6 +141,13 @@ def prepared(config: Config) -> Prepared:
         start = trainable(encoder, config)
         facts["encoder_start"] = encoder.identity
         return Prepared(data, facts, None, TrainedTexts(config, dataset, start, store))
+    if config.hybrid.watching:
+        data = with_control(
+            data,
+            config.hybrid.control_batches * config.train.batch_size,
+            seed=config.hybrid.seed,
+            all_positives=config.train.positives == "all",
+        )
     if not config.steered:
         return Prepared(data, facts, None)
     steering = open_steering(
@@ -211,6 +239,11 @@ def warn_of_unused(config: Config) -> None:
             ("num_negatives", "mined_negatives", "context_negatives"), train.negatives == "corpus"
         ),
     }
+    if not config.hybrid.watching:
+        for name, field in type(config.hybrid).model_fields.items():
+            on = name in ("enabled", "predict", "correct")
+            if not on and getattr(config.hybrid, name) != field.default:
+                say(f"hybrid.{name} has no effect: nothing is watched (hybrid.enabled)")
     reasons = {"num_negatives": ": all passages are negatives already"}
     for name, without_effect in unused.items():
         if without_effect and getattr(train, name) != type(train).model_fields[name].default:
