@@ -1,6 +1,6 @@
 """The configuration of a run: what can be set, and how it is read."""
 
-from prime_jax.config.hybrid import HybridSection
+from prime_jax.config.hybrid import HybridSection, control_rows
 from prime_jax.config.reading import load_stored_config, nearest, read_config, to_yaml
 from prime_jax.config.sections import (
     Config,
@@ -19,6 +19,7 @@ __all__ = [
     "MonitorConfig",
     "SteeringConfig",
     "TrainingConfig",
+    "control_rows",
     "load_stored_config",
     "nearest",
     "read_config",

@@ -13,17 +13,18 @@ if TYPE_CHECKING:
 class HybridSection(Frozen):
     """How a run is watched, predicted and corrected (docs/hybrid.md), off by default.
 
-    The same fields as `prime_jax.hybrid.settings`, which this part does not know (a test compares them).
-    What its numbers must have in common is checked where a run begins.
+    The fields of `prime_jax.hybrid.settings`, which this part does not know (a test compares them), and two
+    of the trainer: `control_rows` and `control_share`. What the numbers of the others must have in common is
+    checked where a run begins.
     """
 
     enabled: bool = Field(default=False, description="watch the run; false changes nothing at all")
-    predict: bool = Field(default=True, description="try jumps during training")
+    predict: bool = Field(default=False, description="try jumps during training")
     correct: bool = Field(default=True, description="correct the weights at the end, and after a jump")
     warmup_steps: int = Field(default=100, ge=1, description="real steps before anything is predicted")
     min_full_steps: int = Field(default=50, ge=1, description="real steps between two jumps, at least")
     max_full_steps: int = Field(default=500, ge=1, description="real steps until a horizon is chosen anew")
-    window: int = Field(default=5, ge=1, description="real steps between two observations")
+    window: int = Field(default=10, ge=1, description="real steps between two observations")
     ema_steps: tuple[int, ...] = Field(
         default=(12, 25, 50, 100), description="time constants of the averages, shortest first"
     )
@@ -41,7 +42,19 @@ class HybridSection(Frozen):
     coefficient_rate: float = Field(default=0.1, gt=0, description="step length of a coefficient")
     max_coefficient: float = Field(default=1.5, gt=0, description="largest absolute coefficient")
     control_batches: int = Field(
-        default=2, ge=1, description="training batches set aside to decide what stays; never trained on"
+        default=16, ge=8, description="batches set aside from train that decide what stays"
+    )
+    control_rows: int = Field(
+        default=0, ge=0, description="rows of a control batch; 0: a quarter of train.batch_size, at least 2"
+    )
+    control_share: float = Field(
+        default=0.15, gt=0, lt=1, description="most of the training rows that the control set may take"
+    )
+    accept_level: float = Field(
+        default=0.95, ge=0.5, lt=1, description="level of the one-sided test that a change has to pass"
+    )
+    virtual_steps: Literal["real", "advance_by_Y"] = Field(
+        default="real", description="what the schedule follows; the trainer knows 'real' only"
     )
     ensemble: int = Field(default=3, ge=1, description="members of the dynamics model")
     hidden: int = Field(default=32, ge=1, description="width of its deterministic state")
@@ -69,6 +82,12 @@ class HybridSection(Frozen):
     def watching(self) -> bool:
         """Whether a run does anything that a plain one does not."""
         return self.enabled and (self.predict or self.correct)
+
+
+def control_rows(config: "Config") -> int:
+    """Rows of one control batch."""
+    batch = config.train.batch_size
+    return config.hybrid.control_rows or min(batch, max(2, batch // 4))
 
 
 # What is compared with moves by rules of its own, or weights are averaged twice.
@@ -101,9 +120,31 @@ def check_hybrid(config: "Config") -> None:
             "train.target 'ema' is an average that a jump would leave behind; with hybrid.enabled use "
             "'slow' or 'frozen'"
         )
+    if config.hybrid.virtual_steps != "real":
+        raise ValueError(
+            f"hybrid.virtual_steps is {config.hybrid.virtual_steps!r}, but the trainer's learning rate falls "
+            "over a number of steps that is fixed: moved on, it would be over before the run is; set it to "
+            "'real'"
+        )
+    _check_control(config)
     batches = config.train.accumulate_grad_batches
     if config.hybrid.window % batches:
         raise ValueError(
             f"hybrid.window {config.hybrid.window} is no multiple of train.accumulate_grad_batches "
             f"{batches}: a window must hold whole updates"
+        )
+
+
+def _check_control(config: "Config") -> None:
+    """Refuse control batches that no loss can be had of."""
+    rows, batch, micro = control_rows(config), config.train.batch_size, config.train.micro_batch_size
+    if rows > batch:
+        raise ValueError(f"hybrid.control_rows {rows} is more than train.batch_size {batch}")
+    if rows < 2 and config.train.negatives == "batch":
+        raise ValueError(
+            f"hybrid.control_rows is {rows}, but a row is told from the others of its batch: take 2 at least"
+        )
+    if micro and rows > micro and rows % micro:
+        raise ValueError(
+            f"hybrid.control_rows {rows} is above train.micro_batch_size {micro}, but no multiple of it"
         )

@@ -11,47 +11,69 @@ from prime_jax.errors import DataError
 from prime_jax.retrieval.groups import linked
 
 CONTROL = "control"
-MOST = 1 / 3  # of the training rows may be set aside
 
 
-def with_control(data: EmbeddedDataset, rows: int, *, seed: int, all_positives: bool) -> EmbeddedDataset:
+def with_control(
+    data: EmbeddedDataset, batches: int, rows: int, *, share: float, seed: int, all_positives: bool
+) -> EmbeddedDataset:
     """Move whole conversations (or documents) from "train" to a new split "control".
 
     Examples belong together when they share a turn or a query, directly or through others. Conversations
-    come in a random order; one that is larger than the whole control set stays in training. `windowed` of
-    both parts is that of the whole.
+    come in a random order, and those stay in training that are larger than what is still missing. Where the
+    rest of them does not fill the last place, the smallest one that does closes it.
 
     Args:
         data: With the split "train".
-        rows: Rows that the control set must have at least.
+        batches: Control batches.
+        rows: Rows of one of them.
+        share: Most of the training rows that may be set aside.
         seed: Of the choice.
         all_positives: Whether an example is one row, or one for each of its right answers.
 
     Raises:
-        DataError: If too few conversations stand apart, or too little would be left to train on.
+        DataError: If that takes more than `share`, or all that is in one conversation.
     """
     train = data.splits["train"]
     groups = conversations(data)
     count = np.array([1 if all_positives else len(ids) for ids in train.positives])
     sizes = np.bincount(groups, weights=count).astype(np.int64)
-    order = np.random.default_rng(seed).permutation(len(sizes))
-    chosen, found = np.zeros(len(sizes), bool), 0
-    for group in order:
-        if found >= rows:
-            break
-        if sizes[group] <= rows:
-            chosen[group] = True
-            found += int(sizes[group])
-    whole = int(count.sum())
-    if found < rows or found > MOST * whole:
+    whole, needed = int(count.sum()), batches * rows
+    chosen = _chosen(sizes, needed, np.random.default_rng(seed))
+    found = int(sizes[chosen].sum())
+    if needed > share * whole or found > share * whole:
+        fitting = int(share * whole) // batches
         raise DataError(
-            f"hybrid sets {rows} rows of 'train' aside as its control set, in whole conversations; that "
-            f"would be {found} of {whole} rows (the largest of {len(sizes)} conversations has "
-            f"{sizes.max()}), and a third is the most; lower hybrid.control_batches or train.batch_size"
+            f"hybrid sets {batches} control batches of {rows} rows aside, {needed} in all; in whole "
+            f"conversations that takes {found} of the {whole} rows of 'train' (the largest of {len(sizes)} "
+            f"conversations has {sizes.max()}), and hybrid.control_share {share:g} allows "
+            f"{int(share * whole)}; {_advice(batches, rows, fitting)}"
         )
     aside = chosen[groups]
     splits = {"train": part_of(train, ~aside), CONTROL: part_of(train, aside)}
     return replace(data, splits={**data.splits, **splits})
+
+
+def _chosen(
+    sizes: Int64[np.ndarray, " g"], needed: int, random: np.random.Generator
+) -> Bool[np.ndarray, " g"]:
+    """Which conversations make up `needed` rows, with less beyond than one of those left has."""
+    chosen, missing = np.zeros(len(sizes), bool), needed
+    for group in random.permutation(len(sizes)):
+        if sizes[group] <= missing:
+            chosen[group] = True
+            missing -= int(sizes[group])
+    if missing:  # what is left is larger than that
+        chosen[int(np.where(chosen, sizes.max() + 1, sizes).argmin())] = True
+    return chosen
+
+
+def _advice(batches: int, rows: int, fitting: int) -> str:
+    """What to lower, and to how much."""
+    if 2 <= fitting < rows:
+        return f"lower hybrid.control_rows to {fitting}, or raise hybrid.control_share"
+    if batches > 8:
+        return "lower hybrid.control_batches (8 at least) or hybrid.control_rows, or leave hybrid.enabled off"
+    return "there is too little data, or too few conversations, to watch a run: leave hybrid.enabled off"
 
 
 def conversations(data: EmbeddedDataset) -> Int64[np.ndarray, " n"]:

@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import jax
 
-from prime_jax.config import Config
+from prime_jax.config import Config, control_rows
 from prime_jax.data.control import CONTROL
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.pipeline import TrainingBatches
-from prime_jax.errors import CheckpointError
+from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.hybrid.divergence import DivergedError
 from prime_jax.hybrid.metrics import Totals
-from prime_jax.hybrid.phases import Phase
+from prime_jax.hybrid.phases import Phase, PhaseOutcome
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
 from prime_jax.train import checkpoints
@@ -65,6 +65,9 @@ class HybridRun:
         data: With the split "control".
         out: Run folder.
 
+    Raises:
+        ConfigError: If devices cannot share a control batch.
+
     Attributes:
         skipped: Batches that were left out for good, after rollbacks.
     """
@@ -80,12 +83,17 @@ class HybridRun:
     ):
         self.skipped = 0
         self._settings, self._program, self._batches, self._out = settings, program, batches, out
-        self._control = data.splits[CONTROL]
-        train = config.train
+        self._control, self._control_rows = data.splits[CONTROL], control_rows(config)
+        train, rows = config.train, self._control_rows
+        if rows % program.mesh.size:
+            raise ConfigError(
+                f"a control batch of {rows} rows does not divide evenly among {program.mesh.size} devices; "
+                f"set hybrid.control_rows to a multiple of {program.mesh.size}"
+            )
         control = TrainingBatches(
             data,
             CONTROL,
-            batch_size=train.batch_size,
+            batch_size=rows,
             seed=settings.seed,
             num_negatives=train.num_negatives if any(map(len, self._control.negatives)) else 0,
             positives=train.positives,
@@ -115,7 +123,8 @@ class HybridRun:
         more = bytes_per_device(self._trainer.hybrid)
         say(
             f"hybrid: {len(self._control)} training examples set aside as control set, in whole "
-            f"conversations; watching takes {more / GB:.2f} GB more on each device"
+            f"conversations ({self._settings.control_batches} batches of {self._control_rows} rows); "
+            f"watching takes {more / GB:.2f} GB more on each device"
         )
 
     def restore(self, state: TrainState, checkpoint: checkpoints.Checkpoint) -> None:
@@ -183,10 +192,7 @@ class HybridRun:
         state, outcome = self._trainer.finish(state)
         self._note(known, step)
         if outcome is not None:
-            say(
-                f"hybrid: at the end {_plain(outcome.choice)} had the lowest control loss, "
-                f"{outcome.after:.4f} against {outcome.before:.4f} of the weights as trained"
-            )
+            say(f"hybrid: at the end {_told(outcome)}")
         return state
 
     def figures(self) -> dict[str, float]:
@@ -258,13 +264,24 @@ def _finite(value: Any) -> Any:
     return None if ended else value
 
 
+def _told(end: PhaseOutcome) -> str:
+    """What became of the weights at the end, and why."""
+    if end.choice == "raw":
+        return "nothing was better than the weights as trained on the control batches that choose"
+    what = _plain(end.choice)
+    losses = f"loss {end.after:.4f} against {end.before:.4f} of the weights as trained"
+    if end.kept:
+        return (
+            f"{what} took the place of the weights as trained: {losses}, on the control batches that confirm"
+        )
+    return f"the weights stay as trained: {what} seemed better, but were not confirmed ({losses})"
+
+
 def _plain(choice: str) -> str:
     average = choice.removeprefix("ema ")
     if average != choice:
-        return f"the average over {average} steps"
-    return {"raw": "the weights as trained", "predicted": "the predicted weights"}.get(
-        choice, "the corrected weights"
-    )
+        return f"the weights averaged over {average} steps"
+    return "the predicted weights" if choice == "predicted" else "the corrected weights"
 
 
 def _weights(state: TrainState) -> Any:

@@ -52,7 +52,7 @@ def make_judged_loss(
         objective: What is minimised; one without a moving average.
         mesh: The devices; None for the one that JAX prefers.
         remat: What the backward pass recomputes.
-        micro_batch: Rows whose activations are held at a time; 0 for the whole batch.
+        micro_batch: Rows whose activations are held at a time, those of a smaller batch too; 0: all.
         layers_frozen: Whether the transformer layers get no gradient.
     """
 
@@ -62,7 +62,7 @@ def make_judged_loss(
         if layers_frozen:
             weights = {**weights, MODEL: without_gradient(weights[MODEL])}
         inputs = (batch.context, batch.query, batch.context_mask)
-        turns = batch.query.shape[0] // micro_batch if micro_batch else 1
+        turns = max(1, batch.query.shape[0] // micro_batch) if micro_batch else 1
 
         def predict(inputs: Any) -> Prediction:
             model = nnx.merge(graph, trained_weights(weights))

@@ -15,7 +15,6 @@ from prime_jax.config import Config, to_yaml
 from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
-from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
@@ -53,9 +52,9 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
     """Train a predictor and leave everything about the run in `out`.
 
     Leaves config.yaml, history.jsonl, history.csv, curves.png and checkpoints/; with `hybrid.enabled` also
-    hybrid.json, hybrid.csv and hybrid.png. The first Ctrl-C or SIGTERM
-    finishes the step, saves, and returns. With several processes every one of them calls this with the same
-    arguments; the first one writes what is not a checkpoint.
+    hybrid.json, hybrid.csv and hybrid.png. The first Ctrl-C or SIGTERM finishes the step, saves, and returns.
+    With several processes every one of them calls this with the same arguments; the first one writes what is
+    not a checkpoint.
 
     Args:
         config: What to do.
@@ -70,10 +69,9 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
         PredictorError: If the loss is no longer a finite number.
     """
     setup.check_folder(config, out, resume)
-    watching = setup.hybrid_settings(config)
     prepared = setup.prepared(config)
     try:
-        run = _Run(config, out, prepared, watching)
+        run = _Run(config, out, prepared)
         if resume:
             run.restore()
         else:
@@ -92,8 +90,8 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
 class _Run:
     """One run in progress: its program, its data, its files."""
 
-    def __init__(self, config: Config, out: Path, prepared: setup.Prepared, watching: HybridConfig | None):
-        settings, (data, facts, steering, texts) = config.train, prepared
+    def __init__(self, config: Config, out: Path, prepared: setup.Prepared):
+        settings, (data, facts, steering, texts, watching) = config.train, prepared
         self.config, self.out, self.data, self.facts, self.texts = config, out, data, facts, texts
         batch_size, positives = settings.batch_size, settings.positives
         self.epoch_steps = steps_per_epoch(data, "train", batch_size=batch_size, positives=positives)
@@ -206,10 +204,7 @@ class _Run:
                     stop = any_process(interrupt.asked)
                 # 3. correct the end, validate and save
                 if self.hybrid is not None and step == self.total_steps:
-                    as_trained = self.validate(self.state).scores  # what the correction itself did is told
-                    self.state = self.hybrid.finish(self.state, step)
-                    names = [name for name in as_trained if "MRR@10" in name]
-                    self.as_trained = {f"as trained {name}": as_trained[name] for name in names}
+                    self._finish(self.hybrid, step)
                 validation_due = epoch_ends and self._validation_due(step)
                 found = self._validate(step) if validation_due else Validated({}, None)
                 if validation_due or stop or self._save_due(step):
@@ -246,6 +241,13 @@ class _Run:
         del pending[max(0, step - logged) :]
         self.history.forget(step)
         return min(0, step - logged)
+
+    def _finish(self, hybrid: HybridRun, step: int) -> None:
+        """Correct the end; dev's figures of the weights before it are told beside those after it."""
+        if self.config.hybrid.correct:
+            scores = self.validate(self.state).scores
+            self.as_trained = {f"as trained {name}": scores[name] for name in scores if "MRR@10" in name}
+        self.state = hybrid.finish(self.state, step)
 
     def _note(self, row: Mapping[str, float]) -> str:
         return note(row) if self.hybrid is None else f"{note(row)}, {self.hybrid.words()}"

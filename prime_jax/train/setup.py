@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prime_jax._version import __version__
-from prime_jax.config import Config, SteeringConfig, load_stored_config
+from prime_jax.config import Config, SteeringConfig, control_rows, load_stored_config
 from prime_jax.data.control import with_control
 from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
@@ -43,14 +43,8 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     if not (out / checkpoints.CONFIG).exists():
         raise CheckpointError(f"{out}: no run to resume here")
     stored = load_stored_config(out / checkpoints.CONFIG)
-    for section in (
-        "model",
-        "train",
-        "data",
-        "steering",
-        "jasper",
-        "hybrid",
-    ):  # another mesh, other trackers change no result
+    # another mesh, other trackers change no result
+    for section in ("model", "train", "data", "steering", "jasper", "hybrid"):
         before, now = getattr(stored, section).model_dump(), getattr(config, section).model_dump()
         changed = [name for name in before if before[name] != now.get(name)]
         changed = [name for name in changed if (section, name) not in _ELSEWHERE]
@@ -75,7 +69,7 @@ def hybrid_settings(config: Config) -> HybridConfig | None:
             "hybrid.enabled needs a run in one process (with as many devices as you like); set it to false"
         )
     try:
-        return HybridConfig(**config.hybrid.model_dump())
+        return HybridConfig(**config.hybrid.model_dump(exclude={"control_rows", "control_share"}))
     except ValueError as contradiction:
         raise ConfigError(str(contradiction)) from None
 
@@ -88,12 +82,14 @@ class Prepared(NamedTuple):
         facts: What a checkpoint must remember of them.
         steering: Of a steered model, otherwise None.
         texts: Where encoders are trained, otherwise None.
+        watching: How the run is watched, otherwise None; the data has a split "control" then.
     """
 
     data: EmbeddedDataset
     facts: Facts
     steering: Steering | None
     texts: TrainedTexts | None = None
+    watching: HybridConfig | None = None
 
 
 def prepared(config: Config) -> Prepared:
@@ -103,7 +99,7 @@ def prepared(config: Config) -> Prepared:
         ConfigError: If settings do not fit the data, or the steering has another number of clusters.
         DataError: If the data or the steering is not as it should be.
     """
-    source = config.data
+    source, watching = config.data, hybrid_settings(config)
     if source.path is None:
         raise ConfigError("data.path is not set: name a data folder, for instance with --data.path DIR")
     encoder = load_encoder(source.encoder)
@@ -141,15 +137,17 @@ def prepared(config: Config) -> Prepared:
         start = trainable(encoder, config)
         facts["encoder_start"] = encoder.identity
         return Prepared(data, facts, None, TrainedTexts(config, dataset, start, store))
-    if config.hybrid.watching:
+    if watching is not None:
         data = with_control(
             data,
-            config.hybrid.control_batches * config.train.batch_size,
-            seed=config.hybrid.seed,
+            watching.control_batches,
+            control_rows(config),
+            share=config.hybrid.control_share,
+            seed=watching.seed,
             all_positives=config.train.positives == "all",
         )
     if not config.steered:
-        return Prepared(data, facts, None)
+        return Prepared(data, facts, None, watching=watching)
     steering = open_steering(
         steering_folder(config),
         data,

@@ -16,8 +16,10 @@ import pytest
 from commands import SETTINGS, history
 from jax.experimental.compilation_cache import compilation_cache
 
-from prime_jax.config import HybridSection, read_config
-from prime_jax.data.control import conversations, with_control
+from prime_jax.config import HybridSection, control_rows, read_config
+from prime_jax.data.control import _chosen, conversations, with_control
+from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.data.pipeline import TrainingBatches
 from prime_jax.errors import CheckpointError, ConfigError, DataError, PredictorError
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.train import checkpoints, loop, program
@@ -26,10 +28,13 @@ from prime_jax.train.checkpoints import load_model
 from prime_jax.train.setup import hybrid_settings, prepared
 from prime_jax.train.state import pure_params
 
-STEPS = 15  # 5 per epoch: 50 rows in whole conversations of 5, 10 of them set aside
+STEPS = 15  # 3 per epoch: 50 rows in whole conversations of 5, 20 of them set aside for 8 batches of 2
 WATCHED = {
     "enabled": "true",
-    "control-batches": "1",
+    "predict": "true",
+    "control-batches": "8",
+    "control-share": "0.4",
+    "accept-level": "0.5",
     "window": "2",
     "warmup-steps": "4",
     "min-full-steps": "4",
@@ -46,7 +51,17 @@ WATCHED = {
 }
 
 
-LIGHT = ["--train.num-epochs", "3", "--train.eval-every-epochs", "3", "--mesh.data", "1"]
+LIGHT = [
+    "--train.num-epochs",
+    "5",
+    "--train.eval-every-epochs",
+    "5",
+    "--mesh.data",
+    "1",
+    "--model.dropout",
+    "0.3",
+]
+TRAINERS_OWN = {"control_rows", "control_share"}
 
 
 def options(data: Path, **changed: str) -> list[str]:
@@ -108,7 +123,13 @@ def told(run: Path) -> dict[str, Any]:
 
 
 def test_the_section_has_the_fields_and_defaults_of_its_part() -> None:
-    assert HybridSection().model_dump() == {**asdict(HybridConfig()), "enabled": False}
+    """Every setting of the part can be set, and starts as it does there; only `enabled` is off."""
+    section, part = HybridSection().model_dump(exclude=TRAINERS_OWN), asdict(HybridConfig())
+    assert section == {**part, "enabled": False}
+    assert {name: type(value) for name, value in section.items()} == {
+        name: type(value) for name, value in part.items()
+    }
+    assert HybridSection.model_fields.keys() - part.keys() == TRAINERS_OWN
 
 
 def test_a_watched_run_jumps_and_leaves_its_report(whole: Path) -> None:
@@ -118,7 +139,9 @@ def test_a_watched_run_jumps_and_leaves_its_report(whole: Path) -> None:
     assert report["totals"]["steps"] == STEPS
     assert report["totals"]["jumps"] == len(jumps) > 1
     assert jumps[-1]["horizon"] == 0  # the end of the run
-    assert all(row["after"] <= row["before"] for row in jumps)
+    assert all(row["kept"] == (row["bound"] is not None and row["bound"] < 0) for row in jumps)
+    assert all(row["after"] < row["before"] for row in jumps if row["kept"])
+    assert report["totals"]["kept"] == sum(row["kept"] for row in jumps) > 0
     rows = [json.loads(line) for line in (whole / "hybrid.jsonl").read_text().splitlines()]
     assert rows == report["rows"]
     assert 0 < history(whole)[-1]["as trained MRR@10"] <= 1  # beside the figure after the correction
@@ -209,32 +232,94 @@ def test_a_hybrid_state_of_another_structure_is_told_from_none(whole: Path, tmp_
     assert checkpoints.restore_hybrid(replace(newest, folder=tmp_path), {}) is None
 
 
-def test_watching_nothing_changes_nothing(data: Path, tmp_path: Path) -> None:
-    plain, idle = tmp_path / "plain", tmp_path / "idle"
-    words = [*SETTINGS, "--data.path", str(data), "--train.num-epochs", "1", "--mesh.data", "1"]
-    assert main([*words, "--out", str(plain)]) == 0
-    off = ["--hybrid.enabled", "true", "--hybrid.predict", "false", "--hybrid.correct", "false"]
-    assert main([*words, *off, "--out", str(idle)]) == 0
-    assert_same(plain, idle)
-    assert not list(idle.glob("hybrid*"))
-    assert not any(name.startswith("hybrid") for row in history(idle) for name in row)
+@pytest.mark.parametrize(
+    "off",
+    [
+        ["--hybrid.enabled", "true", "--hybrid.predict", "false", "--hybrid.correct", "false"],
+        ["--hybrid.predict", "true", "--hybrid.window", "2", "--hybrid.control-rows", "500"],
+    ],
+)
+def test_watching_nothing_changes_nothing(data: Path, tmp_path: Path, off: list[str]) -> None:
+    """The weights are those of the bare compiled step over all training batches, to the bit."""
+    words = [*SETTINGS, "--data.path", str(data), "--train.num-epochs", "1", "--mesh.data", "1", *off]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    config = read_config(None, words)
+    chats = prepared(config).data
+    assert set(chats.splits) == {"train", "dev"}
+    bare = program.TrainingProgram(config, chats, 6, epoch_steps=6)  # 50 rows in batches of 8
+    state = bare.initial_state()
+    batches = TrainingBatches(chats, "train", batch_size=8, seed=config.train.seed)
+    for _ in range(6):
+        state, _ = bare(state, next(batches))
+    newest = checkpoints.latest(tmp_path)
+    assert newest is not None
+    restored, _ = checkpoints.restore(newest, state)
+    for left, right in zip(jax.tree.leaves(restored), jax.tree.leaves(state), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert "hybrid" not in newest.facts
+    assert not [path for path in tmp_path.rglob("*") if path.name.startswith("hybrid")]
+    assert not any("hybrid" in name or "as trained" in name for row in history(tmp_path) for name in row)
 
 
 def test_the_control_set_is_made_of_whole_conversations(data: Path) -> None:
-    config = read_config(None, [*SETTINGS, "--data.path", str(data)])
-    before = prepared(config).data
-    after = with_control(before, 8, seed=3, all_positives=False)
+    before = prepared(read_config(None, [*SETTINGS, "--data.path", str(data)])).data
+
+    def split(seed: int, rows: int = 1, share: float = 0.2) -> EmbeddedDataset:
+        return with_control(before, 8, rows, share=share, seed=seed, all_positives=False)
+
+    after = split(3)
     train, control = after.splits["train"], after.splits["control"]
     assert sorted([*train.ids, *control.ids]) == sorted(before.splits["train"].ids)
-    assert len(control) == 10  # two conversations of five
+    assert len(control) == 10  # two conversations of five for 8 rows
     chats = [{name.split("-")[0] for name in part.ids} for part in (train, control)]
     assert not chats[0] & chats[1]
     assert len(np.unique(conversations(before))) == len(chats[0]) + len(chats[1])
-    again = with_control(before, 8, seed=3, all_positives=False)
-    assert again.splits["control"].ids == control.ids
-    assert with_control(before, 8, seed=4, all_positives=False).splits["control"].ids != control.ids
-    with pytest.raises(DataError, match=r"that would be 30 of 50 rows .* lower hybrid\.control_batches"):
-        with_control(before, 30, seed=0, all_positives=False)
+    assert split(3).splits["control"].ids == control.ids
+    assert split(4).splits["control"].ids != control.ids
+
+
+def test_the_control_set_is_just_large_enough(data: Path) -> None:
+    """Of conversations of 7, 4, 4, 2 and 9 rows, 6 rows take 4 and 2, in any order; 8 take at most 2 more."""
+    sizes = np.array([7, 4, 4, 2, 9])
+    for seed in range(20):
+        random = np.random.default_rng(seed)
+        assert sizes[_chosen(sizes, 6, random)].sum() == 6
+        assert sizes[_chosen(sizes, 1, random)].sum() == 2  # none fits: the smallest closes it
+        assert 8 <= sizes[_chosen(sizes, 8, random)].sum() <= 10
+
+
+@pytest.mark.parametrize(
+    ("rows", "share", "said"),
+    [
+        (
+            4,
+            0.3,
+            r"8 control batches of 4 rows aside, 32 in all; in whole conversations that takes 35 of the 50 ",
+        ),
+        (4, 0.4, r"hybrid\.control_share 0\.4 allows 20; lower hybrid\.control_rows to 2"),
+        (2, 0.3, r"allows 15; there is too little data, .* leave hybrid\.enabled off"),
+    ],
+)
+def test_a_control_set_that_takes_too_much_is_refused(data: Path, rows: int, share: float, said: str) -> None:
+    before = prepared(read_config(None, [*SETTINGS, "--data.path", str(data)])).data
+    with pytest.raises(DataError, match=said):
+        with_control(before, 8, rows, share=share, seed=0, all_positives=False)
+
+
+def test_control_rows_are_never_trained_on_and_are_not_of_dev(data: Path, tmp_path: Path) -> None:
+    config = read_config(None, options(data))
+    ready = prepared(config)
+    run = loop._Run(config, tmp_path, ready)
+    control, dev = set(ready.data.splits["control"].ids), set(ready.data.splits["dev"].ids)
+    trained = {name for place in range(run.total_steps) for name in run.batches.examples_of(place)}
+    assert len(control) == 20
+    assert not control & dev
+    assert len(trained) == 30
+    assert not trained & (control | dev)
+    given = run.hybrid._trainer._control
+    judged = [int(example) for batch in given for example in batch.batch.example]
+    assert len(given) == 8
+    assert len(set(judged)) == len(judged) == 16  # no row twice, so what confirms was not seen in choosing
 
 
 @pytest.mark.parametrize(
@@ -243,7 +328,17 @@ def test_the_control_set_is_made_of_whole_conversations(data: Path) -> None:
         (["--train.average-weights", "0.9"], r"train\.average_weights is 0\.9"),
         (["--train.target", "ema"], r"train\.target 'ema'"),
         (["--train.x-encoder", "trained"], r"train\.x_encoder is 'trained'"),
-        (["--train.accumulate-grad-batches", "2"], r"hybrid\.window 5 is no multiple"),
+        (["--train.accumulate-grad-batches", "3"], r"hybrid\.window 10 is no multiple"),
+        (
+            ["--hybrid.virtual-steps", "advance_by_Y"],
+            r"virtual_steps is 'advance_by_Y', but .* set it to 'real'",
+        ),
+        (["--hybrid.control-rows", "65"], r"control_rows 65 is more than train\.batch_size 64"),
+        (["--hybrid.control-rows", "1"], r"control_rows is 1, but a row is told from the others"),
+        (
+            ["--hybrid.control-rows", "12", "--train.micro-batch-size", "8"],
+            r"micro_batch_size 8, but no multiple",
+        ),
         (["--model.kind", "jasper"], r"prime models; a jasper model"),
         (["--hybrid.confidence-threshold", "2"], r"confidence_threshold"),
         (["--hybrid.windows", "2"], r"--hybrid\.windows.*did you mean --hybrid\.window"),
@@ -258,3 +353,17 @@ def test_numbers_that_contradict_each_other_are_refused_before_any_data() -> Non
     config = read_config(None, ["--hybrid.enabled", "true", "--hybrid.horizons", "[0, 5, 500]"])
     with pytest.raises(ConfigError, match="horizons reach at most 12 windows"):
         hybrid_settings(config)
+
+
+def test_devices_must_share_a_control_batch(data: Path, tmp_path: Path) -> None:
+    config = read_config(None, [*options(data, control_rows="3", control_share="0.6"), "--mesh.data", "2"])
+    with pytest.raises(ConfigError, match=r"3 rows does not divide evenly among 2 devices; .* multiple of 2"):
+        loop._Run(config, tmp_path, prepared(config))
+
+
+def test_a_control_batch_is_a_quarter_of_a_batch_unless_told() -> None:
+    rows = {
+        batch: control_rows(read_config(None, ["--train.batch-size", str(batch)])) for batch in (2, 4, 128)
+    }
+    assert rows == {2: 2, 4: 2, 128: 32}
+    assert control_rows(read_config(None, ["--hybrid.control-rows", "24"])) == 24
