@@ -164,6 +164,27 @@ def test_stopped_inside_a_window_and_resumed_equals_never_stopped(
     assert told(broken) == told(whole)
 
 
+def test_killed_inside_a_window_and_resumed_equals_never_stopped(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps after a checkpoint that lies inside a window; they are made again."""
+    broken, real = tmp_path / "run", loop._Run._step
+
+    def dying(self: Any, step: int, pending: list[Any]) -> int:
+        if step == 11:
+            raise KeyError("power")
+        return real(self, step, pending)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop._Run, "_step", dying)
+        with pytest.raises(KeyError, match="power"):
+            main([*options(data), "--train.save-every-steps", "9", "--out", str(broken)])
+    assert [kept.step for kept in checkpoints.list_checkpoints(broken)] == [9]
+    assert main(["--resume", "--out", str(broken)]) == 0
+    assert_same(broken, whole)
+    assert told(broken) == told(whole)
+
+
 def asked_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Have the run asked to stop after so many steps."""
     real = loop._Run._step
