@@ -68,6 +68,7 @@ def one_run(seed: int, arm: str, data: Path, settings: list[str]) -> dict[str, A
     step, finish = loop._Run._step, HybridRun.finish
 
     def timed(run: Any, *given: Any) -> int:
+        jax.block_until_ready(run.state)  # steps run on in the background, and would count where one waits
         clock.append(time.process_time())
         return step(run, *given)
 
