@@ -40,6 +40,7 @@ LONGEST = (
     "test_layers.py",
     "test_target_head.py",
     "test_modern_bert.py",
+    "test_hybrid.py",
 )
 
 

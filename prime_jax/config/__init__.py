@@ -1,5 +1,6 @@
 """The configuration of a run: what can be set, and how it is read."""
 
+from prime_jax.config.hybrid import HybridSection, control_rows
 from prime_jax.config.reading import load_stored_config, nearest, read_config, to_yaml
 from prime_jax.config.sections import (
     Config,
@@ -13,10 +14,12 @@ from prime_jax.config.sections import (
 __all__ = [
     "Config",
     "DataConfig",
+    "HybridSection",
     "MeshConfig",
     "MonitorConfig",
     "SteeringConfig",
     "TrainingConfig",
+    "control_rows",
     "load_stored_config",
     "nearest",
     "read_config",

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError, create_model
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
+from prime_jax.config.hybrid import HybridSection
 from prime_jax.config.sections import (
     Config,
     DataConfig,
@@ -50,6 +51,7 @@ class _Settings(BaseSettings):
     monitor: MonitorConfig = MonitorConfig()
     steering: SteeringConfig = SteeringConfig()
     jasper: JasperLossConfig = JasperLossConfig()
+    hybrid: HybridSection = HybridSection()
 
     @classmethod
     def settings_customise_sources(

@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from prime_jax.config.hybrid import HybridSection, check_hybrid
 from prime_jax.frozen import Frozen
 from prime_jax.losses.jasper import JasperLossConfig
 from prime_jax.models import DEFAULT_KIND, ModelConfig
@@ -225,6 +226,7 @@ class Config(Frozen):
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
     steering: SteeringConfig = Field(default_factory=SteeringConfig)
     jasper: JasperLossConfig = Field(default_factory=JasperLossConfig)
+    hybrid: HybridSection = Field(default_factory=HybridSection)
 
     @property
     def steered(self) -> bool:
@@ -250,4 +252,5 @@ class Config(Frozen):
                 f"train.rotation turns queries and predictions alike, so model.input_dim "
                 f"{self.model.input_dim} must equal model.output_dim {self.model.output_dim}"
             )
+        check_hybrid(self)
         return self

@@ -121,6 +121,10 @@ class TrainingBatches:
         self.place = place
         self._stream = self._from(place)
 
+    def coming(self, count: int) -> list[Batch]:
+        """The next batches, read beside the stream: where it stands, and what it read ahead, stays."""
+        return [self._batches[self.place + ahead] for ahead in range(count)]
+
     def add_negatives(self, table: Int64[np.ndarray, "n more"]) -> None:
         """From the next batch on, give each example these corpus rows (-1: none) besides those it names.
 

@@ -31,8 +31,7 @@ class Resumable:
 
     def saved(self) -> dict[str, Any]:
         """Everything that going on needs, as arrays; an open snapshot is given up, here and there."""
-        if self.config.snapshot == "probe":
-            self._snapshot = None
+        self._snapshot = None
         window, phases = self.config.window, self.phases
         fetched = jax.device_get(self._pending)
         fill = [math.nan] * (window - len(fetched))
@@ -61,6 +60,7 @@ class Resumable:
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Go on from what `saved` gave; call it after `init`."""
+        self._snapshot = None
         self.hybrid = HybridState(**_tupled(saved["arrays"], _as_dict(self.hybrid)))
         n = {name: float(value) for name, value in saved["numbers"].items()}
         self.totals = Totals(**{name: type(old)(n[name]) for name, old in asdict(Totals()).items()})

@@ -38,6 +38,7 @@ Table = Int32[np.ndarray, "n K"]
 
 KIND = "checkpoint"
 CONFIG = "config.yaml"
+HYBRID = "hybrid"
 SELECT_BY = "MRR@10"
 
 
@@ -150,6 +151,7 @@ class Checkpoints:
         negatives: Table | None = None,
         confidence: Confidence | None = None,
         encoder: Path | None = None,
+        hybrid: Any | None = None,
     ) -> None:
         """Start writing a checkpoint; when it is complete, all but the newest and the best are dropped.
 
@@ -160,6 +162,7 @@ class Checkpoints:
             negatives: The mined negatives in use, `[n, K]`.
             confidence: How far its predictions can be trusted.
             encoder: Folder of the encoders that were trained along; it must stay until this is complete.
+            hybrid: What `HybridTrainer.saved` gave, of a run that is watched.
 
         Raises:
             CheckpointError: If this one or the one before cannot be written.
@@ -171,6 +174,8 @@ class Checkpoints:
         items = {"state": _copied(_as_tree(state)), "params": _for_inference(state, dtype)}
         if negatives is not None:
             items["negatives"] = {"table": negatives}
+        if hybrid is not None:
+            items[HYBRID] = _copied(_by_name(hybrid))
         saved = {name: ocp.args.StandardSave(item) for name, item in items.items()}
         try:
             if is_main():
@@ -268,6 +273,22 @@ def restore(checkpoint: Checkpoint, like: TrainState) -> tuple[TrainState, Table
     return TrainState(**{"average": None, "smoothed": None, **tree}), negatives
 
 
+def restore_hybrid(checkpoint: Checkpoint, like: Any) -> Any | None:
+    """What a watched run saved with a checkpoint that `restore` verified, laid out as `like` is.
+
+    Returns:
+        As `like`; None where the checkpoint has nothing of it.
+
+    Raises:
+        CheckpointError: If it has another structure: another version watched in another way.
+    """
+    folder = checkpoint.folder / HYBRID
+    if not folder.is_dir():
+        return None
+    found = _read(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like)))
+    return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _by_name(like)])
+
+
 class LoadedModel(NamedTuple):
     """A model read from a checkpoint.
 
@@ -334,6 +355,12 @@ def _read(folder: Path, like: Any) -> Any:
 def _as_tree(state: TrainState) -> dict[str, Any]:
     tree = {field.name: getattr(state, field.name) for field in fields(state)}
     return {name: value for name, value in tree.items() if value is not None}
+
+
+def _by_name(tree: Any) -> dict[str, Any]:
+    """Leaves by their paths, in order: files know no classes of ours."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
 # The step that comes next reuses the memory of the state it is given, so what is written meanwhile is a copy.

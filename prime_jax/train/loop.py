@@ -19,6 +19,7 @@ from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
 from prime_jax.train.collective import any_process, barrier, is_main, say
+from prime_jax.train.hybrid import HybridRun
 from prime_jax.train.interrupt import interruptible
 from prime_jax.train.memory import explain_exhausted
 from prime_jax.train.monitor import History, Speed, Trace, note, plot_curves
@@ -50,9 +51,10 @@ class Outcome:
 def train(config: Config, out: Path, *, resume: bool = False, profile: bool = False) -> Outcome:
     """Train a predictor and leave everything about the run in `out`.
 
-    Leaves config.yaml, history.jsonl, history.csv, curves.png and checkpoints/. The first Ctrl-C or SIGTERM
-    finishes the step, saves, and returns. With several processes every one of them calls this with the same
-    arguments; the first one writes what is not a checkpoint.
+    Leaves config.yaml, history.jsonl, history.csv, curves.png and checkpoints/; with `hybrid.enabled` also
+    hybrid.json, hybrid.csv and hybrid.png. The first Ctrl-C or SIGTERM finishes the step, saves, and returns.
+    With several processes every one of them calls this with the same arguments; the first one writes what is
+    not a checkpoint.
 
     Args:
         config: What to do.
@@ -73,7 +75,7 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
         if resume:
             run.restore()
         else:
-            run.history = History(out, until_step=0, writing=is_main())
+            run.begin()
         if is_main():
             write_text(out / checkpoints.CONFIG, to_yaml(config))
         return run.run(profile=profile)
@@ -89,7 +91,7 @@ class _Run:
     """One run in progress: its program, its data, its files."""
 
     def __init__(self, config: Config, out: Path, prepared: setup.Prepared):
-        settings, (data, facts, steering, texts) = config.train, prepared
+        settings, (data, facts, steering, texts, watching) = config.train, prepared
         self.config, self.out, self.data, self.facts, self.texts = config, out, data, facts, texts
         batch_size, positives = settings.batch_size, settings.positives
         self.epoch_steps = steps_per_epoch(data, "train", batch_size=batch_size, positives=positives)
@@ -126,6 +128,16 @@ class _Run:
         self.speed = Speed(config, mesh.size)
         self.history: History
         self.mined: mining.Table | None = None
+        self.as_trained: dict[str, float] = {}
+        self.hybrid: HybridRun | None = None
+        if watching is not None:
+            self.hybrid = HybridRun(config, watching, self.program, self.batches, data, out)
+
+    def begin(self) -> None:
+        """Start with an empty history."""
+        self.history = History(self.out, until_step=0, writing=is_main())
+        if self.hybrid is not None:
+            self.hybrid.begin(self.state)
 
     def restore(self) -> None:
         """Continue where the newest checkpoint ended: parameters, optimizer, data order, history."""
@@ -145,6 +157,8 @@ class _Run:
                 )
         self.state, self.mined = checkpoints.restore(checkpoint, self.state)
         self.history = History(self.out, until_step=checkpoint.step, writing=is_main())
+        if self.hybrid is not None:
+            self.hybrid.restore(self.state, checkpoint)
         barrier("restored")
         if is_main():
             checkpoints.remove_leftovers(self.out)
@@ -155,6 +169,7 @@ class _Run:
         start = step = int(self.state.step)
         examples, log_every = self.config.train.batch_size, self.config.monitor.log_every
         pending: list[Metrics] = []
+        broken = False  # a loss is no number; at the end of its window the run goes back or ends
         self._announce()
         with ExitStack() as opened:
             interrupt = opened.enter_context(interruptible())
@@ -167,22 +182,29 @@ class _Run:
             stop = any_process(interrupt.asked)
             self._use_negatives(step)
             self.speed.start()
-            while step < self.total_steps and not stop:
-                # 1. one step
+            while (step < self.total_steps and not stop) or broken:
+                # 1. one step, or the way back to an earlier one
                 trace.reached(step - start)
-                self.state, metrics = self.program(self.state, next(self.batches))
-                pending.append(metrics)
-                step += 1
+                before, step = step, self._step(step, pending)
+                if step <= before:
+                    advance(examples * self._forget(step, before, pending))
+                    broken = False
+                    continue
                 epoch_ends = step % self.epoch_steps == 0
                 # 2. log, and hear whether somebody wants the run to stop
                 alone = jax.process_count() == 1
                 log_due = epoch_ends or step % log_every == 0 or self._save_due(step)
                 if log_due or (alone and interrupt.asked):
                     row = self._log(step, pending)
-                    advance(examples * len(pending), note(row))
+                    broken = row is None
+                    if row is None:
+                        continue
+                    advance(examples * len(pending), self._note(row))
                     pending = []
                     stop = any_process(interrupt.asked)
-                # 3. validate and save
+                # 3. correct the end, validate and save
+                if self.hybrid is not None and step == self.total_steps:
+                    self._finish(self.hybrid, step)
                 validation_due = epoch_ends and self._validation_due(step)
                 found = self._validate(step) if validation_due else Validated({}, None)
                 if validation_due or stop or self._save_due(step):
@@ -191,10 +213,44 @@ class _Run:
                 # 4. new negatives where an epoch begins
                 if epoch_ends and step < self.total_steps:
                     self._use_negatives(step)
+        if self.hybrid is not None:
+            say(self.hybrid.summary())
         barrier("finished")
         newest = checkpoints.latest(self.out)
         assert newest is not None
         return Outcome(step, stop and step < self.total_steps, newest)
+
+    def _step(self, step: int, pending: list[Metrics]) -> int:
+        """Make a step; returns how many are made now, fewer where a watched run went back."""
+        batch = next(self.batches)
+        if self.hybrid is None:
+            self.state, metrics = self.program(self.state, batch)
+            pending.append(metrics)
+            return step + 1
+        done = self.hybrid.step(self.state, batch, step + 1)
+        self.state = done.state
+        pending.append(done.metrics)
+        if done.lost is not None:
+            self._sound(step + 1, jax.device_get(pending))
+            raise PredictorError(f"{done.lost}; {_kept(self.out)}")
+        return done.step
+
+    def _forget(self, step: int, before: int, pending: list[Metrics]) -> int:
+        """Forget what was made after `step`; returns by how much the progress bar moves (back)."""
+        logged = before + 1 - len(pending)
+        del pending[max(0, step - logged) :]
+        self.history.forget(step)
+        return min(0, step - logged)
+
+    def _finish(self, hybrid: HybridRun, step: int) -> None:
+        """Correct the end; dev's figures of the weights before it are told beside those after it."""
+        if self.config.hybrid.correct:
+            scores = self.validate(self.state).scores
+            self.as_trained = {f"as trained {name}": scores[name] for name in scores if "MRR@10" in name}
+        self.state = hybrid.finish(self.state, step)
+
+    def _note(self, row: Mapping[str, float]) -> str:
+        return note(row) if self.hybrid is None else f"{note(row)}, {self.hybrid.words()}"
 
     def _announce(self) -> None:
         settings = self.config.train
@@ -214,7 +270,7 @@ class _Run:
             self.mined = mining.mined_now(settings, self.data, self.predict_train, self.state)
             found = np.mean(np.sum(self.mined >= 0, axis=1))
             say(f"mined {found:.1f} hard negatives per example")
-        self.batches.seek(step)
+        self.batches.seek(step + self._skipped)
         if settings.mined_negatives or settings.context_negatives:
             self.batches.add_negatives(mining.beside_the_given(settings, self.data, self.mined))
 
@@ -226,16 +282,28 @@ class _Run:
         every = self.config.train.save_every_steps
         return bool(every and step % every == 0)
 
-    def _log(self, step: int, pending: list[Metrics]) -> dict[str, float]:
-        fetched = jax.device_get(pending)  # waits for the device, so the clock is read after it
+    def _sound(self, step: int, fetched: list[dict[str, Any]], *, patience: int = 0) -> bool:
+        """Give up at the first loss that is no number, unless `patience` steps were not made since."""
         for index, metrics in enumerate(fetched):
             if not metrics["finite"]:
-                self._give_up(step - len(pending) + index + 1, metrics)
+                if len(fetched) - index > patience:
+                    self._give_up(step - len(fetched) + index + 1, metrics)
+                return False
+        return True
+
+    def _log(self, step: int, pending: list[Metrics]) -> dict[str, float] | None:
+        """The means since the last row; None where a watched run has to look at them first."""
+        fetched = jax.device_get(pending)  # waits for the device, so the clock is read after it
+        window = 0 if self.hybrid is None else self.config.hybrid.window
+        if not self._sound(step, fetched, patience=window):
+            return None
         names = [name for name in fetched[0] if name != "finite"]
         row = {name: float(np.mean([metrics[name] for metrics in fetched])) for name in names}
         update = (step - 1) // self.config.train.accumulate_grad_batches
         row["learning_rate"] = float(self.schedule(update))
         row |= self.speed.since_start(len(pending))
+        if self.hybrid is not None:
+            row |= self.hybrid.figures()
         self.history.add({"step": step, "epoch": self._epoch(step), **row})
         self.tracker.log(step, row)
         self.speed.start()
@@ -243,14 +311,14 @@ class _Run:
 
     def _give_up(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Stop for a loss that is no finite number; the state is still the one before that step."""
-        ids = self.batches.examples_of(step - 1)
+        ids = self.batches.examples_of(step - 1 + self._skipped)
         file = self.out / f"bad_batch_{step}.json"
         if is_main():
             write_json(file, {"step": step, "examples": ids})
         known = checkpoints.latest(self.out)
         if step > 1 and (known is None or known.step != step - 1):
             self.state = replace(self.state, halted=jnp.zeros_like(self.state.halted))
-            self._save(step - 1, Validated({}, None))
+            self._save(step - 1, Validated({}, None), watched=False)
             self.saver.wait()
         raise PredictorError(
             f"{_wrong(metrics)}gradient norm {metrics['gradient_norm']} in step {step}: training "
@@ -267,8 +335,8 @@ class _Run:
         scores = found.scores
         if not scores:  # another process has them
             return found
-        self.history.add({"step": step, "epoch": self._epoch(step), **scores})
-        self.tracker.log(step, scores)
+        self.history.add({"step": step, "epoch": self._epoch(step), **scores, **self.as_trained})
+        self.tracker.log(step, {**scores, **self.as_trained})
         last = next(row for row in reversed(self.history.rows) if "loss" in row)
         name = checkpoints.SELECT_BY
         say(
@@ -283,7 +351,7 @@ class _Run:
             )
         return found
 
-    def _save(self, step: int, found: Validated) -> None:
+    def _save(self, step: int, found: Validated, *, watched: bool = True) -> None:
         facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
         facts["select_by"] = self.config.train.select_by
         with ExitStack() as written:
@@ -291,7 +359,11 @@ class _Run:
             if self.texts is not None:
                 encoder = Path(written.enter_context(tempfile.TemporaryDirectory(dir=self.out))) / "encoder"
                 facts["encoder"] = self.texts.write(self.state, encoder).identity
-            self.saver.save(self.state, self.config, facts, self.mined, found.confidence, encoder)
+            hybrid = None
+            if self.hybrid is not None:
+                facts["hybrid"] = self.hybrid.facts
+                hybrid = self.hybrid.saved() if watched else None
+            self.saver.save(self.state, self.config, facts, self.mined, found.confidence, encoder, hybrid)
             if encoder is not None:
                 self.saver.wait()
         if is_main():
@@ -300,6 +372,12 @@ class _Run:
             if self.config.steered:
                 plain = self.validate.plain_query[checkpoints.SELECT_BY]
                 plot_steering(self.history, plain, self.out / "steering.png")
+            if self.hybrid is not None:
+                self.hybrid.report()
+
+    @property
+    def _skipped(self) -> int:
+        return 0 if self.hybrid is None else self.hybrid.skipped
 
     def _epoch(self, step: int) -> float:
         return round(step / float(self.epoch_steps), 4)

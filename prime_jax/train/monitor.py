@@ -24,19 +24,25 @@ class History:
     A row of training has `loss`, one of validation has `MRR@10`; both have `step` and `epoch`.
     """
 
-    def __init__(self, run: Path, *, until_step: int, writing: bool = True):
+    def __init__(self, run: Path, *, until_step: int, writing: bool = True, name: str = "history"):
         """Take up the history of `run`, dropping rows after `until_step` (they will be written again).
 
         Args:
             run: Run folder.
             until_step: Last step whose rows stay.
             writing: Whether rows go to disk; one process of a run does that.
+            name: Of the files.
         """
         self._writing = writing
-        self._jsonl = run / "history.jsonl"
-        self._csv = run / "history.csv"
-        self.rows: list[Row] = [row for row in self._read() if row["step"] <= until_step]
-        if writing:
+        self._jsonl = run / f"{name}.jsonl"
+        self._csv = run / f"{name}.csv"
+        self.rows: list[Row] = self._read()
+        self.forget(until_step)
+
+    def forget(self, until_step: int) -> None:
+        """Drop the rows after a step: what they tell of will be done again."""
+        self.rows = [row for row in self.rows if row["step"] <= until_step]
+        if self._writing:
             write_text(self._jsonl, "".join(json.dumps(row) + "\n" for row in self.rows))
 
     def add(self, row: Row) -> None:

@@ -1,5 +1,6 @@
 """Everything a run computes with: mesh, model, objective, optimizer, and the step they compile to."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from prime_jax.pretrained.llama import Place, pretrained_layers
 from prime_jax.train import memory
 from prime_jax.train.collective import say
 from prime_jax.train.encoders import encoder_plan, initial_encoders
+from prime_jax.train.judged import Given, make_judged_loss
 from prime_jax.train.optim import layers_frozen, make_optimizer
 from prime_jax.train.sharding import make_mesh, split_batch, spread_out, state_shardings
 from prime_jax.train.state import MODEL, TrainState, build_graph, init_state
@@ -97,6 +99,7 @@ class TrainingProgram:
         )
         graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
+        self._graph = graph
         self._corpus: Corpus | None = None
         if settings.negatives == "corpus":
             self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh)
@@ -160,6 +163,24 @@ class TrainingProgram:
             self._compiled[shape] = self._compile(state, placed)
         answer: tuple[TrainState, Metrics] = self._compiled[shape](state, placed, self._corpus)
         return answer
+
+    @property
+    def judged_loss(self) -> Callable[[Any, Given], Any]:
+        """`(weights, placed batch) -> loss` as weights are judged, not trained; of prime models."""
+        assert isinstance(self._objective, Objective)
+        settings = self._config.train
+        return make_judged_loss(
+            self._graph,
+            self._objective,
+            self.mesh,
+            remat=remat_of(settings),
+            micro_batch=settings.micro_batch_size,
+            layers_frozen=layers_frozen(settings),
+        )
+
+    def placed(self, batch: Batch) -> Given:
+        """What `judged_loss` takes: a batch on the devices, and the passages where all are negatives."""
+        return Given(split_batch(batch, self.mesh), self._corpus)
 
     def _compile(self, state: TrainState, batch: Batch) -> Any:
         """Compile, say how much memory a step takes, and refuse what cannot fit."""

@@ -10,13 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from prime_jax._version import __version__
-from prime_jax.config import Config, SteeringConfig, load_stored_config
+from prime_jax.config import Config, SteeringConfig, control_rows, load_stored_config
+from prime_jax.data.control import with_control
 from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.losses.jasper import ROUTING_COMPONENTS, JasperLossConfig
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.subspace import SubspaceConfig
@@ -41,13 +43,8 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     if not (out / checkpoints.CONFIG).exists():
         raise CheckpointError(f"{out}: no run to resume here")
     stored = load_stored_config(out / checkpoints.CONFIG)
-    for section in (
-        "model",
-        "train",
-        "data",
-        "steering",
-        "jasper",
-    ):  # another mesh, other trackers change no result
+    # another mesh, other trackers change no result
+    for section in ("model", "train", "data", "steering", "jasper", "hybrid"):
         before, now = getattr(stored, section).model_dump(), getattr(config, section).model_dump()
         changed = [name for name in before if before[name] != now.get(name)]
         changed = [name for name in changed if (section, name) not in _ELSEWHERE]
@@ -59,6 +56,24 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
             )
 
 
+def hybrid_settings(config: Config) -> HybridConfig | None:
+    """The section `hybrid` as its part wants it; None where nothing is watched.
+
+    Raises:
+        ConfigError: If its numbers contradict each other, or there are several processes.
+    """
+    if not config.hybrid.watching:
+        return None
+    if jax.process_count() > 1:
+        raise ConfigError(
+            "hybrid.enabled needs a run in one process (with as many devices as you like); set it to false"
+        )
+    try:
+        return HybridConfig(**config.hybrid.model_dump(exclude={"control_rows", "control_share"}))
+    except ValueError as contradiction:
+        raise ConfigError(str(contradiction)) from None
+
+
 class Prepared(NamedTuple):
     """What a run learns from.
 
@@ -67,12 +82,14 @@ class Prepared(NamedTuple):
         facts: What a checkpoint must remember of them.
         steering: Of a steered model, otherwise None.
         texts: Where encoders are trained, otherwise None.
+        watching: How the run is watched, otherwise None; the data has a split "control" then.
     """
 
     data: EmbeddedDataset
     facts: Facts
     steering: Steering | None
     texts: TrainedTexts | None = None
+    watching: HybridConfig | None = None
 
 
 def prepared(config: Config) -> Prepared:
@@ -82,7 +99,7 @@ def prepared(config: Config) -> Prepared:
         ConfigError: If settings do not fit the data, or the steering has another number of clusters.
         DataError: If the data or the steering is not as it should be.
     """
-    source = config.data
+    source, watching = config.data, hybrid_settings(config)
     if source.path is None:
         raise ConfigError("data.path is not set: name a data folder, for instance with --data.path DIR")
     encoder = load_encoder(source.encoder)
@@ -120,8 +137,17 @@ def prepared(config: Config) -> Prepared:
         start = trainable(encoder, config)
         facts["encoder_start"] = encoder.identity
         return Prepared(data, facts, None, TrainedTexts(config, dataset, start, store))
+    if watching is not None:
+        data = with_control(
+            data,
+            watching.control_batches,
+            control_rows(config),
+            share=config.hybrid.control_share,
+            seed=watching.seed,
+            all_positives=config.train.positives == "all",
+        )
     if not config.steered:
-        return Prepared(data, facts, None)
+        return Prepared(data, facts, None, watching=watching)
     steering = open_steering(
         steering_folder(config),
         data,
@@ -211,6 +237,11 @@ def warn_of_unused(config: Config) -> None:
             ("num_negatives", "mined_negatives", "context_negatives"), train.negatives == "corpus"
         ),
     }
+    if not config.hybrid.watching:
+        for name, field in type(config.hybrid).model_fields.items():
+            on = name in ("enabled", "predict", "correct")
+            if not on and getattr(config.hybrid, name) != field.default:
+                say(f"hybrid.{name} has no effect: nothing is watched (hybrid.enabled)")
     reasons = {"num_negatives": ": all passages are negatives already"}
     for name, without_effect in unused.items():
         if without_effect and getattr(train, name) != type(train).model_fields[name].default:

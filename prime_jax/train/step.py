@@ -83,7 +83,7 @@ def make_train_step(
     """
 
     def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None, done: Array) -> Prediction:
-        params = _whole(params, mesh)
+        params = whole_weights(params, mesh)
         if plan.layers_frozen:
             params = {**params, MODEL: without_gradient(params[MODEL])}
         answer = partial(
@@ -103,7 +103,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         inputs = (batch.context, batch.query, batch.context_mask)
         done = state.step / plan.total_steps
-        models, own = _apart(state.params)
+        models, own = apart(state.params)
         turned = None
         if plan.rotation:
             turned = random_rotation(jax.random.fold_in(key, _ROTATION), inputs[1].shape[1], plan.rotation)
@@ -124,10 +124,10 @@ def make_train_step(
         if turns == 1:
 
             def whole(params: Any) -> tuple[Array, Metrics]:
-                models, own = _apart(params)
+                models, own = apart(params)
                 if plan.encoders is None:
                     return loss(predict(models, inputs, key, turned, done), own)
-                seen = plan.encoders.embed(_whole(models, mesh), batch)
+                seen = plan.encoders.embed(whole_weights(models, mesh), batch)
                 given = (seen.context, seen.query, seen.context_mask)
                 return loss(predict(models, given, key, turned, done), own, seen)
 
@@ -191,12 +191,12 @@ def make_train_step(
     return jax.jit(constrained, donate_argnums=0)
 
 
-def _whole(params: Any, mesh: Mesh | None) -> Any:
+def whole_weights(params: Any, mesh: Mesh | None) -> Any:
     """Weights come together where they are used; gradients go back to their shares."""
     return params if mesh is None else jax.lax.with_sharding_constraint(params, replicated(mesh))
 
 
-def _apart(params: Any) -> tuple[Any, Any]:
+def apart(params: Any) -> tuple[Any, Any]:
     """What a prediction depends on, and what the objective trains beside it."""
     models = {name: value for name, value in params.items() if name in (MODEL, ADAPTERS, *ENCODERS)}
     return models, {name: value for name, value in params.items() if name not in models}
