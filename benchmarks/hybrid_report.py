@@ -2,7 +2,8 @@
 
     python -m benchmarks.hybrid_report benchmarks/results/hybrid_lm.json ... --out benchmarks/results
 
-Steps saved are 1 - T / T', where T and T' are the lengths at which plain training of the same schedule and
+Where `end` kept nothing, its run is the plain one but for what the screen cost, and steps saved are minus that
+cost over the length, by definition. Where something was kept they are 1 - T / T', where T and T' are the lengths at which plain training of the same schedule and
 seed reaches the validation loss of the plain run and that of the method, which cost the same: read off its
 losses at several lengths, made falling, linear in the logarithm of the length between them. Where a loss is
 below all of them, T' is the longest length and the figure a lower bound; where the losses are nearly flat
@@ -84,9 +85,11 @@ def saved(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                             loss = one["plain"]
                         needed = steps_for(one["plain"], lengths, losses)
                         share = 1 - needed / steps_for(loss, lengths, losses)
+                        if method == "end" and not one["kept"]:
+                            share = -one["cost"] / length
                         cell.setdefault(f"{method} saved", []).append(share)
                 cell.setdefault("beyond", []).append(bool(one["end"] < losses[-1] - SAME))
-                for name in ("choice", "kept", "control_gain"):
+                for name in ("choice", "kept", "cost", "control_gain"):
                     cell.setdefault(name, []).append(one[name])
             if cell:
                 found[f"{schedule} {length}"] = cell
@@ -120,11 +123,28 @@ def others(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(summary: Mapping[str, Any]) -> list[str]:
+def stopped(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cosine schedules planned for more steps, stopped and corrected, beside the plain cosine of that length."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, run in result.get("stopped cosine", {}).items():
+        ((length, one),) = run["lengths"].items()
+        lengths, losses = curve(result, "cosine", int(name.split()[-1]))
+        plain = float(losses[list(lengths).index(float(length))])
+        cell = found.setdefault(f"cosine {length}", {})
+        told = {"plain": plain, "stopped plain": one["plain"], "end": one["end"]}
+        told |= {name: one[name] for name in ("choice", "kept", "cost")}
+        told["end saved"] = 1 - steps_for(plain, lengths, losses) / steps_for(one["end"], lengths, losses)
+        told["beyond"] = bool(one["end"] < losses[-1] - SAME)
+        for name, value in told.items():
+            cell.setdefault(name, []).append(value)
+    return found
+
+
+def table(summary: Mapping[str, Any], part: str = "saved") -> list[str]:
     """Markdown rows of steps saved."""
     lines = []
-    for task, part in summary.items():
-        for name, cell in part["saved"].items():
+    for task, parts in summary.items():
+        for name, cell in parts[part].items():
             plain, end = np.array(cell["plain"]), np.array(cell["end"])
             share = np.array(cell["end saved"])
             sign = "≥ " if any(cell["beyond"]) else ""
@@ -229,10 +249,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             "predictions": predictions(result),
             "moves": moves(result),
             "others": others(result),
+            "stopped": stopped(result),
         }
     write_json(given.out / "hybrid_summary.json", summary)
     plot(summary, given.out / "hybrid.png")
-    rows = [*table(summary), "", *prediction_table(summary), "", *move_table(summary)]
+    rows = [*table(summary), "", *table(summary, "stopped"), "", *prediction_table(summary), "", *move_table(summary)]
     print("\n".join(rows))
 
 

@@ -24,7 +24,10 @@ class HybridConfig:
         coefficient_rate: Step length of a coefficient; 1 is the whole way to an average.
         max_coefficient: Largest absolute coefficient.
         control_batches: Batches that decide whether a jump stays: half of them choose, half confirm.
-        accept_level: Of the one-sided test that a jump has to pass.
+        screen_batches: Of the choosing ones, those that a candidate for the end has to look better on before
+            anything more is spent.
+        screen_level: Of the one-sided test by which it looks better; 0.5 is a lower mean.
+        accept_level: Of the one-sided test that a change has to pass to stay.
         virtual_steps: "real": the schedule follows real steps; "advance_by_Y": a jump that stays moves it on.
         ensemble: Members of the dynamics model.
         hidden: Width of its deterministic state.
@@ -57,7 +60,9 @@ class HybridConfig:
     coefficient_rate: float = 0.1
     max_coefficient: float = 1.5
     control_batches: int = 16
-    accept_level: float = 0.95
+    screen_batches: int = 4
+    screen_level: float = 0.75
+    accept_level: float = 0.99
     virtual_steps: str = "real"
     ensemble: int = 3
     hidden: int = 32
@@ -88,6 +93,10 @@ class HybridConfig:
             "max_full_steps is below min_full_steps": self.max_full_steps < self.min_full_steps,
             "probe_share is no share between 0 and 1": not 0 <= self.probe_share <= 1,
             "control_batches is below 8, four to choose and four to confirm": self.control_batches < 8,
+            "screen_batches is not between 2 and half of control_batches": not 2
+            <= self.screen_batches
+            <= self.control_batches // 2,
+            "screen_level is not between 0.5 and 1": not 0.5 <= self.screen_level < 1,
             "accept_level is not between 0.5 and 1": not 0.5 <= self.accept_level < 1,
             "virtual_steps is neither 'real' nor 'advance_by_Y'": self.virtual_steps
             not in ("real", "advance_by_Y"),

@@ -22,6 +22,7 @@ SETTINGS: dict[str, Any] = {
     "predict": True,
     "window": 5,
     "control_batches": 8,
+    "screen_batches": 3,
     "warmup_steps": 20,
     "min_full_steps": 20,
     "ensemble": 2,
