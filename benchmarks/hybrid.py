@@ -38,13 +38,13 @@ from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
 
 SEEDS = (0, 1, 2)
-LENGTHS = {"embed": (200, 400, 800), "lm": (400, 800, 1600)}
+LENGTHS = {"embed": (400, 600, 900), "lm": (400, 800, 1600)}
 # plain runs of more lengths, so that losses can be read as steps
-BETWEEN = {"embed": (160, 250, 500, 1000), "lm": (320, 500, 1000, 2000)}
+BETWEEN = {"embed": (320, 500, 750, 1100), "lm": (320, 500, 1000, 2000)}
 SCHEDULES = ("constant", "wsd", "cosine")
 WARMUP, DECAY = 20, 0.2  # steps of warm-up; share of a WSD run that decays
-RATES = {"embed": (5e-4, 1e-3, 2e-3), "lm": (2e-3, 4e-3, 8e-3)}
-WEIGHT_DECAY = {"embed": 1.0, "lm": 0.01}  # the embedding task overfits its longest runs with less
+RATES = {"embed": (2.5e-4, 5e-4, 1e-3), "lm": (2e-3, 4e-3, 8e-3)}
+WEIGHT_DECAY = {"embed": 0.1, "lm": 0.01}
 STOPPED = 0.7  # share of a cosine after which it is stopped and corrected, in rows of their own
 LONGEST = 3000
 TUNING_SEED = 100

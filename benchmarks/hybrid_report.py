@@ -2,13 +2,16 @@
 
     python -m benchmarks.hybrid_report benchmarks/results/hybrid_lm.json ... --out benchmarks/results
 
-Where `end` kept nothing, its run is the plain one but for what the screen cost, and steps saved are minus that
-cost over the length, by definition. Where something was kept they are 1 - T / T', where T and T' are the lengths at which plain training of the same schedule and
-seed reaches the validation loss of the plain run and that of the method, which cost the same: read off its
-losses at several lengths, made falling, linear in the logarithm of the length between them. Where a loss is
-below all of them, T' is the longest length and the figure a lower bound; where the losses are nearly flat
-(a task that overfits), small differences are many steps, and the losses themselves say more. Losses that
-differ by less than 0.0001 count as equal.
+Where `end` kept nothing, its run is the plain one but for the steps that were spent on finding that out:
+steps saved are minus that cost over the length, by definition. Where something was kept they are 1 - T / T',
+where T and T' are the lengths at which plain training of the same schedule and seed reaches the validation
+loss of the plain run and that of the method, which cost the same: read off its losses at several lengths,
+made falling, linear in the logarithm of the length between them. Where a loss is below all of them, T' is the
+longest length and the figure a lower bound; where the losses are nearly flat, small differences are many
+steps, and the losses themselves say more. Losses that differ by less than 0.0001 count as equal.
+
+`--jumps` names files of runs that jump on the way (`hybrid.py --full`), measured with other settings: of them
+only `full` is taken.
 """
 
 import argparse
@@ -124,7 +127,7 @@ def others(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def stopped(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Cosine schedules planned for more steps, stopped and corrected, beside the plain cosine of that length."""
+    """Cosines planned for more steps, stopped and corrected, beside the plain cosine of that length."""
     found: dict[str, dict[str, Any]] = {}
     for name, run in result.get("stopped cosine", {}).items():
         ((length, one),) = run["lengths"].items()
@@ -240,8 +243,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jumps", type=Path, nargs="*", default=[], metavar="FILE")
     given = parser.parse_args(argv)
-    summary = {}
+    summary: dict[str, Any] = {}
     for file in given.files:
         result = read_json(file)
         summary[result["task"]] = {
@@ -251,9 +255,24 @@ def main(argv: Sequence[str] | None = None) -> None:
             "others": others(result),
             "stopped": stopped(result),
         }
-    write_json(given.out / "hybrid_summary.json", summary)
+    jumps = {}
+    for file in given.jumps:
+        result = read_json(file)
+        names = ("plain", "full", "full saved")
+        jumps[result["task"]] = {
+            cell: {name: row[name] for name in names} for cell, row in saved(result).items()
+        }
+    write_json(given.out / "hybrid_summary.json", {**summary, "jumps, former settings": jumps})
     plot(summary, given.out / "hybrid.png")
-    rows = [*table(summary), "", *table(summary, "stopped"), "", *prediction_table(summary), "", *move_table(summary)]
+    rows = [
+        *table(summary),
+        "",
+        *table(summary, "stopped"),
+        "",
+        *prediction_table(summary),
+        "",
+        *move_table(summary),
+    ]
     print("\n".join(rows))
 
 

@@ -1,8 +1,8 @@
 """Jumps on the way: candidates, what they cost, and whether one of them stays. The end is `ending.py`.
 
-Half of the control batches chooses among the candidates; the other half, which had no part in that, decides
-by a paired test whether the chosen one stays. A learned correction has to beat the best simple candidate by
-the same test on the choosing half.
+The first `screen_batches` of the control batches choose among the candidates; the others, which had no part
+in that, decide by a paired test whether the chosen one stays. A learned correction has to beat the best of
+the others by the same test on those that choose.
 """
 
 import math
@@ -40,11 +40,9 @@ def screen_cost(config: HybridConfig, forward: float = FORWARD) -> float:
 
 def end_cost(config: HybridConfig, forward: float = FORWARD) -> float:
     """Most full steps that the end takes: the screen, the proof and the correction."""
-    half = config.control_batches // 2
-    confirming = config.control_batches - half
-    # proof: raw and the candidate on the confirming batches; correction: the candidate on the choosing ones
-    # that it has not seen, the correction on all
-    judged = 2 * confirming + (half - config.screen_batches) + half + confirming
+    confirming = config.control_batches - config.screen_batches
+    # proof: raw and the candidate on those that confirm; then the correction on all
+    judged = 2 * confirming + config.control_batches
     return config.coefficient_gradients + judged * forward + screen_cost(config, forward)
 
 
@@ -73,10 +71,14 @@ class Jumping(Recovering):
         `probe_share` of its steps, or the end alone where it is too short for that.
         """
         config, forward = self.config, self.forward_cost
-        half = config.control_batches // 2
-        cost = config.coefficient_gradients + (3 * half + 2 * (config.control_batches - half)) * forward
+        judged = 3 * config.screen_batches + 2 * (config.control_batches - config.screen_batches)
+        cost = config.coefficient_gradients + judged * forward
         left = config.probe_share * self.totals.steps - end_cost(config, forward) * config.correct
         return self.totals.cost + cost <= self._probe_scale * self._backoff * left
+
+    def _parts(self) -> tuple[list[Batch], list[Batch]]:
+        """Control batches that choose, and those that confirm."""
+        return self._control[: self.config.screen_batches], self._control[self.config.screen_batches :]
 
     def _judge(self, params: Any, batches: Sequence[Batch]) -> list[float]:
         self.calls["control"] += len(batches)
@@ -88,8 +90,7 @@ class Jumping(Recovering):
         config, hybrid = self.config, self.hybrid
         assert hybrid is not None
         params = self._get(state)
-        half = len(self._control) // 2
-        choosing, confirming = self._control[:half], self._control[half:]
+        choosing, confirming = self._parts()
         expected, start, there = self._jumped(params, self.phases.horizon)
         nothing = jnp.zeros_like(start)
         choices: dict[str, tuple[list[float], Any]] = {
