@@ -136,7 +136,9 @@ def stopped(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         cell = found.setdefault(f"cosine {length}", {})
         told = {"plain": plain, "stopped plain": one["plain"], "end": one["end"]}
         told |= {name: one[name] for name in ("choice", "kept", "cost")}
-        told["end saved"] = 1 - steps_for(plain, lengths, losses) / steps_for(one["end"], lengths, losses)
+        needed = steps_for(plain, lengths, losses)
+        for saved_by, loss in (("end saved", one["end"]), ("stopped saved", one["plain"])):
+            told[saved_by] = 1 - needed / steps_for(loss, lengths, losses)
         told["beyond"] = bool(one["end"] < losses[-1] - SAME)
         for name, value in told.items():
             cell.setdefault(name, []).append(value)

@@ -130,7 +130,7 @@ def test_the_screen_sees_its_own_batches_only_and_nothing_is_judged_twice() -> N
 
 
 def test_what_the_screen_left_can_be_trained_on() -> None:
-    run = Run(HybridConfig(**{**SETTINGS, "predict": False, "accept_level": 0.999999})).go(103)
+    run = Run(END).go(103)
     run.trainer._control = broken(CONTROL)
     state, outcome = run.trainer.finish(run.state)
     assert outcome is not None
