@@ -210,11 +210,12 @@ def plot(summary: Mapping[str, Any], file: Path) -> None:
             cell = part["saved"][name]
             for method, colour, shift in (("end", "C0", -0.12), ("full", "C1", 0.12)):
                 shares = [100 * share for share in cell.get(f"{method} saved", [])]
+                if not shares:
+                    continue
                 above.plot(
                     [at + shift] * len(shares), shares, ".", color=colour, label=None if at else method
                 )
-                if shares:
-                    above.plot(at + shift, np.mean(shares), "_", color=colour, markersize=14)
+                above.plot(at + shift, np.mean(shares), "_", color=colour, markersize=14)
         above.axhline(0, color="grey", linewidth=0.8)
         above.set(title=f"{task}: steps saved at equal loss", ylabel="% of plain steps")
         above.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
