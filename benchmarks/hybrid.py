@@ -3,14 +3,18 @@
     python -m benchmarks.hybrid --data DIR --task lm --out benchmarks/results/hybrid_lm.json
 
 Costs are full steps: a forward pass counts a third, and what a correction takes is taken from the real
-steps, so every method of a cell has cost the same. Three methods share a schedule (constant, WSD, cosine;
-peak rate tuned for each at the middle length, seed 100): `plain`; `end`, which stops earlier and corrects;
-`full`, which also jumps on the way. `end` follows the plain run, whose schedule it does not finish; `full` is
-a run of its own. Steps saved are read off the losses of plain runs of more lengths (`hybrid_report.py`).
+steps, so every method of a cell has cost the same. Methods share a schedule (constant, WSD, cosine; peak rate
+tuned for each at the middle length, seed 100): `plain`; `end`, which stops before the end by what a full
+correction takes; with `--full` also `full`, which jumps on the way. Where `end` keeps nothing, what is left
+of its budget is trained on: it is the plain run but for the steps that the screen cost, which are lost.
+`end` follows the plain run, whose schedule it does not finish; `full` is a run of its own. `stopped cosine`
+is a cosine planned for more steps than there are, stopped and corrected. Steps saved are read off the losses
+of plain runs of more lengths (`hybrid_report.py`).
 Cells are added to the file one by one; what is in it is not run again.
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -34,14 +38,15 @@ from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.hybrid.wrap import HybridTrainer
 
 SEEDS = (0, 1, 2)
-LENGTHS = {"embed": (200, 400, 800), "lm": (400, 800, 1600)}
+LENGTHS = {"embed": (400, 600, 900), "lm": (400, 800, 1600)}
 # plain runs of more lengths, so that losses can be read as steps
-BETWEEN = {"embed": (160, 250, 500, 1000), "lm": (320, 500, 1000, 2000)}
+BETWEEN = {"embed": (320, 500, 750, 1100), "lm": (320, 500, 1000, 2000)}
 SCHEDULES = ("constant", "wsd", "cosine")
 WARMUP, DECAY = 20, 0.2  # steps of warm-up; share of a WSD run that decays
-RATES = {"embed": (5e-4, 1e-3, 2e-3), "lm": (2e-3, 4e-3, 8e-3)}
-WEIGHT_DECAY = {"embed": 1.0, "lm": 0.01}  # the embedding task overfits its longest runs with less
-LONGEST = 2000
+RATES = {"embed": (2.5e-4, 5e-4, 1e-3), "lm": (2e-3, 4e-3, 8e-3)}
+WEIGHT_DECAY = {"embed": 0.1, "lm": 0.01}
+STOPPED = 0.7  # share of a cosine after which it is stopped and corrected, in rows of their own
+LONGEST = 3000
 TUNING_SEED = 100
 CONFIG = HybridConfig(predict=True, warmup_steps=50, confidence_threshold=0.0, probe_share=0.05)
 
@@ -132,20 +137,37 @@ class Runner:
 
 
 def taken(run: Runner) -> int:
-    """Full steps that the correction at the end takes at most, rounded up."""
+    """Full steps that the end takes at most, rounded up."""
     forward = FORWARD * rows_of(run.task.control[0]) / rows_of(run.task.batches(0, 0))
     return int(np.ceil(end_cost(CONFIG, forward)))
 
 
 def shared_run(
-    run: Runner, seed: int, schedule: str, peak: float, total: int, branches: Sequence[int]
+    run: Runner,
+    seed: int,
+    schedule: str,
+    peak: float,
+    total: int,
+    branches: Sequence[int],
+    planned: int | None = None,
 ) -> dict[str, Any]:
-    """`plain` and `end` of one trajectory, at each of the branches; and how good the predictions were."""
+    """`plain` and `end` of one trajectory, at each of the branches; and how good the predictions were.
+
+    Args:
+        run: The task.
+        seed: Of weights and batches.
+        schedule: Of the learning rate.
+        peak: Its highest value.
+        total: Steps.
+        branches: Lengths that are compared.
+        planned: Steps that the schedule is made for, where it is stopped before its end; `total` by default.
+    """
     config = replace(CONFIG, predict=False)
     trainer, cost = run.trainer(seed, config), taken(run)
-    state = run.state(seed, schedule, peak, total)
+    state = run.state(seed, schedule, peak, planned or total)
     trainer.init(state)
     found: dict[str, Any] = {str(length): {} for length in branches}
+    ending: dict[int, str] = {}  # where a run that keeps nothing arrives with what is left
     losses = []
     for at in range(total):
         for length in branches:
@@ -155,14 +177,19 @@ def shared_run(
                 branch, outcome = trainer.finish(jax.tree.map(jnp.copy, state))
                 assert outcome is not None
                 cell = found[str(length)]
-                cell["end"] = run.judged(branch["params"])
                 cell["stopped"] = run.judged(state["params"])
+                if outcome.kept:
+                    cell["end"] = run.judged(branch["params"])
+                else:
+                    ending[length - math.ceil(outcome.cost)] = str(length)
                 cell |= {name: getattr(outcome, name) for name in ("choice", "kept", "cost")}
                 cell["control_gain"] = 1 - outcome.after / outcome.before
                 trainer.restore(saved)
                 trainer.rows = rows
         state, told = trainer.step(state, run.task.batches(seed, at))
         losses.append(told["loss"])
+        if at + 1 in ending:
+            found[ending[at + 1]]["end"] = run.judged(state["params"])
         if at + 1 in branches:
             found[str(at + 1)]["plain"] = run.judged(state["params"])
         elif at + 1 in BETWEEN[run.name] and len(branches) > 1:
@@ -199,6 +226,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--full", action="store_true", help="runs that jump on the way, too")
     given = parser.parse_args(argv)
     run = Runner(TASKS[given.task](given.data), given.task)
     lengths, between = LENGTHS[given.task], BETWEEN[given.task]
@@ -222,15 +250,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     middle = lengths[1]
 
     def tuned(part: str, runner: Runner, schedule: str) -> float:
-        tried = {
-            peak: cell(
-                part,
-                f"{schedule} {peak:g}",
-                partial(runner.plain, TUNING_SEED, schedule, peak, middle),
-            )
-            for peak in RATES[given.task]
-        }
-        return min(tried, key=lambda peak: tried[peak])
+        """The best rate; while it is the first or the last that was tried, one more is tried beyond."""
+        tried: dict[float, float] = {}
+        wanted = list(RATES[given.task])
+        while wanted:
+            for peak in wanted:
+                make = partial(runner.plain, TUNING_SEED, schedule, peak, middle)
+                tried[peak] = cell(part, f"{schedule} {peak:g}", make)
+            best = min(tried, key=lambda peak: tried[peak])
+            wanted = [best / 2] * (best == min(tried)) + [best * 2] * (best == max(tried))
+        return best
 
     peaks = {schedule: tuned("tuning", run, schedule) for schedule in SCHEDULES}
     result["peaks"] = peaks
@@ -249,15 +278,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         for schedule in SCHEDULES:
             make = partial(move_quality, run, seed, schedule, peaks[schedule], middle)
             cell("moves", f"{schedule} seed {seed}", make)
+    for seed in SEEDS:
+        for length in lengths:
+            make = partial(
+                shared_run, run, seed, "cosine", peaks["cosine"], length, (length,), round(length / STOPPED)
+            )
+            cell("stopped cosine", f"cosine {length} seed {seed}", make)
     slow = peaks["wsd"] / 10
     for seed in SEEDS:
         name = f"wsd {middle} seed {seed}, a tenth of the rate"
         cell("undertuned", name, partial(shared_run, run, seed, "wsd", slow, middle, (middle,)))
-    for length in reversed(lengths):
-        for seed in SEEDS:
-            for schedule in SCHEDULES:
-                name = f"{schedule} {length} seed {seed}"
-                cell("full", name, partial(full_run, run, seed, schedule, peaks[schedule], length))
     base = run.trained(TUNING_SEED, "wsd", peaks["wsd"], middle)["params"]
     tuning = Runner(with_lora(run.task, base), given.task)
     best = tuned("LoRA tuning", tuning, "wsd")
@@ -266,6 +296,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         cell("LoRA", name, partial(shared_run, tuning, seed, "wsd", best, middle, (middle,)))
     result["peaks"]["LoRA"] = best
     write_json(given.out, result)
+    if given.full:
+        for length in reversed(lengths):
+            for seed in SEEDS:
+                for schedule in SCHEDULES:
+                    name = f"{schedule} {length} seed {seed}"
+                    cell("full", name, partial(full_run, run, seed, schedule, peaks[schedule], length))
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
     python -m benchmarks.hybrid_report benchmarks/results/hybrid_lm.json ... --out benchmarks/results
 
-Steps saved are 1 - T / T', where T and T' are the lengths at which plain training of the same schedule and
-seed reaches the validation loss of the plain run and that of the method, which cost the same: read off its
-losses at several lengths, made falling, linear in the logarithm of the length between them. Where a loss is
-below all of them, T' is the longest length and the figure a lower bound; where the losses are nearly flat
-(a task that overfits), small differences are many steps, and the losses themselves say more. Losses that
-differ by less than 0.0001 count as equal.
+Where `end` kept nothing, its run is the plain one but for the steps that were spent on finding that out:
+steps saved are minus that cost over the length, by definition. Where something was kept they are 1 - T / T',
+where T and T' are the lengths at which plain training of the same schedule and seed reaches the validation
+loss of the plain run and that of the method, which cost the same: read off its losses at several lengths,
+made falling, linear in the logarithm of the length between them. Where a loss is below all of them, T' is the
+longest length and the figure a lower bound; where the losses are nearly flat, small differences are many
+steps, and the losses themselves say more. Losses that differ by less than 0.0001 count as equal.
+
+`--jumps` names files of runs that jump on the way (`hybrid.py --full`), measured with other settings: of them
+only `full` is taken.
 """
 
 import argparse
@@ -84,9 +88,11 @@ def saved(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                             loss = one["plain"]
                         needed = steps_for(one["plain"], lengths, losses)
                         share = 1 - needed / steps_for(loss, lengths, losses)
+                        if method == "end" and not one["kept"]:
+                            share = -one["cost"] / length
                         cell.setdefault(f"{method} saved", []).append(share)
                 cell.setdefault("beyond", []).append(bool(one["end"] < losses[-1] - SAME))
-                for name in ("choice", "kept", "control_gain"):
+                for name in ("choice", "kept", "cost", "control_gain"):
                     cell.setdefault(name, []).append(one[name])
             if cell:
                 found[f"{schedule} {length}"] = cell
@@ -120,11 +126,30 @@ def others(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def table(summary: Mapping[str, Any]) -> list[str]:
+def stopped(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Cosines planned for more steps, stopped and corrected, beside the plain cosine of that length."""
+    found: dict[str, dict[str, Any]] = {}
+    for name, run in result.get("stopped cosine", {}).items():
+        ((length, one),) = run["lengths"].items()
+        lengths, losses = curve(result, "cosine", int(name.split()[-1]))
+        plain = float(losses[list(lengths).index(float(length))])
+        cell = found.setdefault(f"cosine {length}", {})
+        told = {"plain": plain, "stopped plain": one["plain"], "end": one["end"]}
+        told |= {name: one[name] for name in ("choice", "kept", "cost")}
+        needed = steps_for(plain, lengths, losses)
+        for saved_by, loss in (("end saved", one["end"]), ("stopped saved", one["plain"])):
+            told[saved_by] = 1 - needed / steps_for(loss, lengths, losses)
+        told["beyond"] = bool(one["end"] < losses[-1] - SAME)
+        for name, value in told.items():
+            cell.setdefault(name, []).append(value)
+    return found
+
+
+def table(summary: Mapping[str, Any], part: str = "saved") -> list[str]:
     """Markdown rows of steps saved."""
     lines = []
-    for task, part in summary.items():
-        for name, cell in part["saved"].items():
+    for task, parts in summary.items():
+        for name, cell in parts[part].items():
             plain, end = np.array(cell["plain"]), np.array(cell["end"])
             share = np.array(cell["end saved"])
             sign = "≥ " if any(cell["beyond"]) else ""
@@ -185,11 +210,12 @@ def plot(summary: Mapping[str, Any], file: Path) -> None:
             cell = part["saved"][name]
             for method, colour, shift in (("end", "C0", -0.12), ("full", "C1", 0.12)):
                 shares = [100 * share for share in cell.get(f"{method} saved", [])]
+                if not shares:
+                    continue
                 above.plot(
                     [at + shift] * len(shares), shares, ".", color=colour, label=None if at else method
                 )
-                if shares:
-                    above.plot(at + shift, np.mean(shares), "_", color=colour, markersize=14)
+                above.plot(at + shift, np.mean(shares), "_", color=colour, markersize=14)
         above.axhline(0, color="grey", linewidth=0.8)
         above.set(title=f"{task}: steps saved at equal loss", ylabel="% of plain steps")
         above.set_xticks(range(len(names)), names, rotation=60, ha="right", fontsize=8)
@@ -220,8 +246,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--jumps", type=Path, nargs="*", default=[], metavar="FILE")
     given = parser.parse_args(argv)
-    summary = {}
+    summary: dict[str, Any] = {}
     for file in given.files:
         result = read_json(file)
         summary[result["task"]] = {
@@ -229,10 +256,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             "predictions": predictions(result),
             "moves": moves(result),
             "others": others(result),
+            "stopped": stopped(result),
         }
-    write_json(given.out / "hybrid_summary.json", summary)
+    jumps = {}
+    for file in given.jumps:
+        result = read_json(file)
+        names = ("plain", "full", "full saved")
+        jumps[result["task"]] = {
+            cell: {name: row[name] for name in names} for cell, row in saved(result).items()
+        }
+    write_json(given.out / "hybrid_summary.json", {**summary, "jumps, former settings": jumps})
     plot(summary, given.out / "hybrid.png")
-    rows = [*table(summary), "", *prediction_table(summary), "", *move_table(summary)]
+    rows = [
+        *table(summary),
+        "",
+        *table(summary, "stopped"),
+        "",
+        *prediction_table(summary),
+        "",
+        *move_table(summary),
+    ]
     print("\n".join(rows))
 
 

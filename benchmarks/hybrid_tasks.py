@@ -3,7 +3,7 @@
 `embed`: the embedding predictor on a data folder. `lm`: a byte-level language model on the same
 folder's passages. `with_lora`: either of them, its base frozen and low-rank factors trained.
 Control and validation rows are of different documents, all of them from the dev split; nobody trains on them.
-A control batch is a quarter of a training batch, and costs as much.
+A control batch is an eighth of a training batch, and costs as much.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ from prime_jax.models.prime import PredictorConfig
 from prime_jax.train.state import build_graph, pure_params
 from prime_jax.types import Batch
 
-CONTROL = 16  # batches kept aside
+CONTROL = 32  # batches kept aside
+SHARE = 8  # of a training batch is a control batch
 
 
 class Task(NamedTuple):
@@ -47,8 +48,19 @@ class Task(NamedTuple):
     about: dict[str, Any]
 
 
-def embed(folder: Path, *, rows: int = 64, turns: int = 2, hidden: int = 128) -> Task:
-    """The embedding predictor: InfoNCE within the batch, no dropout."""
+def embed(
+    folder: Path,
+    *,
+    rows: int = 64,
+    turns: int = 2,
+    hidden: int = 128,
+    noise: float = 0.03,
+) -> Task:
+    """The embedding predictor: InfoNCE within the batch, no dropout.
+
+    Training inputs are blurred by `noise` per component: the rows are few, and without it the loss stops
+    falling after some epochs, so that nothing can be read off it.
+    """
     encoder = load_encoder("minilm")
     dataset, store = prepare(folder, ("train", "dev"), encoder)
     data = embed_dataset(dataset, store, max_context_length=turns)
@@ -83,7 +95,7 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 2, hidden: int = 128) ->
     names = random.permutation(np.unique(documents))
     # documents for the control set until it is full; the others validate
     counts = np.cumsum([np.sum(documents == name) for name in names])
-    few, small = np.searchsorted(counts, CONTROL * rows // 4) + 1, rows // 4
+    few, small = np.searchsorted(counts, CONTROL * rows // SHARE) + 1, rows // SHARE
     chosen = random.permutation(np.flatnonzero(np.isin(documents, names[:few])))
     judging = random.permutation(np.flatnonzero(np.isin(documents, names[few:])))
 
@@ -91,7 +103,11 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 2, hidden: int = 128) ->
         per_epoch = len(trained) // rows
         order = np.random.default_rng((seed, step // per_epoch)).permutation(trained)
         at = step % per_epoch * rows
-        return batch("train", order[at : at + rows])
+        given = batch("train", order[at : at + rows])
+        random = np.random.default_rng((seed, step, 1))
+        blurred = (x + noise * random.normal(size=x.shape).astype(np.float32) for x in given[:3:2])
+        context, query = blurred
+        return given._replace(context=context, query=query)
 
     return Task(
         lambda seed: pure_params(model.build(rngs=nnx.Rngs(seed))),
@@ -104,6 +120,7 @@ def embed(folder: Path, *, rows: int = 64, turns: int = 2, hidden: int = 128) ->
             "hidden": hidden,
             "layers": 1,
             "turns": turns,
+            "noise": noise,
             "train rows": len(trained),
             "control rows": CONTROL * small,
             "dev rows": len(judging) // rows * rows,
@@ -175,7 +192,7 @@ def lm(folder: Path, *, rows: int = 8, length: int = 32, width: int = 64, layers
         init,
         loss,
         lambda seed, step: batch("train", np.random.default_rng((seed, step))),
-        [batch("control", random, rows // 4) for _ in range(CONTROL)],
+        [batch("control", random, rows // SHARE) for _ in range(CONTROL)],
         [batch("dev", random) for _ in range(128)],
         {"batch": rows, "length": length, "width": width, "layers": layers, "bytes": len(pieces["train"])},
     )

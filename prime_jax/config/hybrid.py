@@ -42,16 +42,20 @@ class HybridSection(Frozen):
     coefficient_rate: float = Field(default=0.1, gt=0, description="step length of a coefficient")
     max_coefficient: float = Field(default=1.5, gt=0, description="largest absolute coefficient")
     control_batches: int = Field(
-        default=16, ge=8, description="batches set aside from train that decide what stays"
+        default=32, ge=8, description="batches set aside from train that decide what stays"
+    )
+    screen_batches: int = Field(default=8, ge=4, description="those of them that choose; the others confirm")
+    screen_level: float = Field(
+        default=0.75, ge=0.5, lt=1, description="level of the test before more is spent on a change"
     )
     control_rows: int = Field(
-        default=0, ge=0, description="rows of a control batch; 0: a quarter of train.batch_size, at least 2"
+        default=0, ge=0, description="rows of a control batch; 0: an eighth of train.batch_size, at least 2"
     )
     control_share: float = Field(
         default=0.15, gt=0, lt=1, description="most of the training rows that the control set may take"
     )
     accept_level: float = Field(
-        default=0.95, ge=0.5, lt=1, description="level of the one-sided test that a change has to pass"
+        default=0.99, ge=0.5, lt=1, description="level of the one-sided test that a change has to pass"
     )
     virtual_steps: Literal["real", "advance_by_Y"] = Field(
         default="real", description="what the schedule follows; the trainer knows 'real' only"
@@ -87,7 +91,7 @@ class HybridSection(Frozen):
 def control_rows(config: "Config") -> int:
     """Rows of one control batch."""
     batch = config.train.batch_size
-    return config.hybrid.control_rows or min(batch, max(2, batch // 4))
+    return config.hybrid.control_rows or min(batch, max(2, batch // 8))
 
 
 # What is compared with moves by rules of its own, or weights are averaged twice.

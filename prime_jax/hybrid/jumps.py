@@ -1,8 +1,8 @@
-"""Jumps and the correction at the end: candidates, what they cost, and whether one of them stays.
+"""Jumps on the way: candidates, what they cost, and whether one of them stays. The end is `ending.py`.
 
-Half of the control batches chooses among the candidates; the other half, which had no part in that, decides
-by a paired test whether the chosen one stays. A learned correction has to beat the best simple candidate by
-the same test on the choosing half.
+The first `screen_batches` of the control batches choose among the candidates; the others, which had no part
+in that, decide by a paired test whether the chosen one stays. A learned correction has to beat the best of
+the others by the same test on those that choose.
 """
 
 import math
@@ -27,16 +27,23 @@ Batch = Any
 FORWARD = 1 / 3  # of a full step
 
 
-def end_cost(config: HybridConfig, forward: float = FORWARD) -> float:
-    """Most full steps that the correction at the end takes.
+def screen_cost(config: HybridConfig, forward: float = FORWARD) -> float:
+    """Full steps that the end takes where no simple candidate looks better than raw weights.
 
     Args:
         config: Settings.
         forward: What one control batch costs, in full steps.
     """
-    half = config.control_batches // 2
-    candidates = 2 + len(config.ema_steps)
-    return config.coefficient_gradients + (candidates * half + 2 * (config.control_batches - half)) * forward
+    candidates = 2 + len(config.ema_steps)  # raw, a short jump, the averages
+    return candidates * config.screen_batches * forward
+
+
+def end_cost(config: HybridConfig, forward: float = FORWARD) -> float:
+    """Most full steps that the end takes: the screen, the proof and the correction."""
+    confirming = config.control_batches - config.screen_batches
+    # proof: raw and the candidate on those that confirm; then the correction on all
+    judged = 2 * confirming + config.control_batches
+    return config.coefficient_gradients + judged * forward + screen_cost(config, forward)
 
 
 class Jumping(Recovering):
@@ -64,46 +71,41 @@ class Jumping(Recovering):
         `probe_share` of its steps, or the end alone where it is too short for that.
         """
         config, forward = self.config, self.forward_cost
-        half = config.control_batches // 2
-        cost = config.coefficient_gradients + (3 * half + 2 * (config.control_batches - half)) * forward
+        judged = 3 * config.screen_batches + 2 * (config.control_batches - config.screen_batches)
+        cost = config.coefficient_gradients + judged * forward
         left = config.probe_share * self.totals.steps - end_cost(config, forward) * config.correct
         return self.totals.cost + cost <= self._probe_scale * self._backoff * left
+
+    def _parts(self) -> tuple[list[Batch], list[Batch]]:
+        """Control batches that choose, and those that confirm."""
+        return self._control[: self.config.screen_batches], self._control[self.config.screen_batches :]
 
     def _judge(self, params: Any, batches: Sequence[Batch]) -> list[float]:
         self.calls["control"] += len(batches)
         told = jax.device_get([self._run.loss(params, batch) for batch in batches])
         return [float(loss) for loss in told]
 
-    def _probe(self, state: State, *, last: bool = False) -> State:
+    def _probe(self, state: State) -> State:
         """PREDICT and CORRECT: candidates, a correction, a choice and its confirmation."""
         config, hybrid = self.config, self.hybrid
         assert hybrid is not None
-        horizon, params = self.phases.horizon, self._get(state)
-        half = len(self._control) // 2
-        choosing, confirming = self._control[:half], self._control[half:]
-        self.calls["predict"] += 1
-        expected, start, there = self._run.jump(hybrid, params, jnp.asarray(horizon, jnp.float32))
-        self.phases = advance(self.phases, config, 0)  # -> CORRECT
+        params = self._get(state)
+        choosing, confirming = self._parts()
+        expected, start, there = self._jumped(params, self.phases.horizon)
         nothing = jnp.zeros_like(start)
-        choices: dict[str, tuple[list[float], Any]] = {"raw": (self._judge(params, choosing), nothing)}
-        if not last:
-            choices["predicted"] = (self._judge(there, choosing), start)
-        for at, steps in enumerate(config.ema_steps if last else ()):
-            c = nothing.at[:, at].set(1.0)
-            choices[f"ema {steps}"] = (self._judge(self._run.move(params, hybrid.basis, c), choosing), c)
+        choices: dict[str, tuple[list[float], Any]] = {
+            "raw": (self._judge(params, choosing), nothing),
+            "predicted": (self._judge(there, choosing), start),
+        }
         choice = min(choices, key=lambda name: mean(choices[name][0]))  # the first one at a tie: raw
         gradients = 0
         if config.correct:
-            work = corrector.begin(choices[choice][1], config)
-            for batch in self._fresh(config.coefficient_gradients):
-                work, _ = self._run.gradient(work, params, hybrid.basis, batch)
-                gradients += 1
-            c = corrector.coefficients(work, config)
+            gradients = config.coefficient_gradients
+            c = self._corrected(params, choices[choice][1])
             losses = self._judge(self._run.move(params, hybrid.basis, c), choosing)
             if upper_bound(losses, choices[choice][0], config.accept_level) < 0:
                 choice = "corrected"
             choices["corrected"] = (losses, c)
-        self.calls["coefficient gradient"] += gradients
         judged = len(choices) * len(choosing)
         before = after = mean(choices["raw"][0])
         bound, moved, c = math.inf, params, choices[choice][1]
@@ -114,7 +116,7 @@ class Jumping(Recovering):
             before, after, bound = mean(old), mean(new), upper_bound(new, old, config.accept_level)
         outcome = PhaseOutcome(
             step=self.totals.steps,
-            horizon=0 if last else horizon,
+            horizon=self.phases.horizon,
             kept=bound < 0,
             choice=choice,
             before=before,
@@ -122,16 +124,36 @@ class Jumping(Recovering):
             bound=bound,
             cost=gradients + judged * self.forward_cost,
         )
-        self._note(outcome, float(expected))
-        self._learn(outcome, c if outcome.kept else nothing, float(expected))
+        return self._closed(state, outcome, expected, moved, c)
+
+    def _jumped(self, params: Any, horizon: int) -> tuple[float, Any, Any]:
+        """PREDICT in one dispatch: the loss that is expected, coefficients, and the weights there."""
+        self.calls["predict"] += 1
+        expected, start, there = self._run.jump(self.hybrid, params, jnp.asarray(horizon, jnp.float32))
+        self.phases = advance(self.phases, self.config, 0)  # -> CORRECT
+        return float(expected), start, there
+
+    def _corrected(self, params: Any, start: Any) -> Any:
+        """Coefficients after a few real gradients on them."""
+        assert self.hybrid is not None
+        work = corrector.begin(start, self.config)
+        for batch in self._fresh(self.config.coefficient_gradients):
+            work, _ = self._run.gradient(work, params, self.hybrid.basis, batch)
+            self.calls["coefficient gradient"] += 1
+        return corrector.coefficients(work, self.config)
+
+    def _closed(self, state: State, outcome: PhaseOutcome, expected: float, moved: Any, c: Any) -> State:
+        """Write down how it ended, learn from it, and take the weights where they stay."""
+        self._note(outcome, expected)
+        self._learn(outcome, c if outcome.kept else jnp.zeros_like(c), expected)
         if outcome.kept:
-            if not last and config.snapshot == "probe":
+            if outcome.horizon and self.config.snapshot == "probe":
                 self._keep(state)
             state = self._set(state, moved)
             if self._advance is not None and outcome.horizon:
                 state = self._advance(state, outcome.horizon)
             self._settled(state, 0)
-        self.phases = advance(self.phases, config, 0)  # -> FULL
+        self.phases = advance(self.phases, self.config, 0)  # -> FULL
         return state
 
     def _note(self, outcome: PhaseOutcome, expected: float) -> None:

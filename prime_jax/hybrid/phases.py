@@ -47,10 +47,11 @@ class PhaseOutcome:
     Attributes:
         step: Real steps made before it.
         horizon: Steps that it stands for; 0 for the end of the run.
-        kept: Whether the confirming half of the control set says that it helps, so that the weights changed.
-        choice: What the choosing half liked best: `raw`, `ema <n>`, `predicted` or `corrected`.
-        before: Control loss without it, on the confirming half (the choosing one where raw was best).
-        after: That of the choice, on the same half.
+        kept: Whether the control batches that confirm say that it helps, so that the weights changed.
+        choice: What those that choose liked best: `raw`, `predicted` or `corrected`; at the end also
+            `ema <n>` and `ahead`, and no `predicted`.
+        before: Control loss without it, on those that confirm (on those that choose where raw was best).
+        after: That of the choice, on the same batches.
         bound: Upper bound of the mean paired difference; it stays where this is below 0.
         cost: What it took, in full steps (a forward pass is a third).
     """

@@ -44,6 +44,7 @@ _OF_THE_HOST = frozenset(
     {
         *("enabled", "predict", "correct", "snapshot", "max_rollbacks", "virtual_steps", "probe_share"),
         *("confidence_threshold", "accept_level", "control_batches", "coefficient_gradients"),
+        *("screen_batches", "screen_level"),
         *("loss_sigma", "gradient_factor", "error_sigma", "oscillation"),
     }
 )

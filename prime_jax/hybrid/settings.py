@@ -23,8 +23,12 @@ class HybridConfig:
         coefficient_gradients: Real gradients that a correction takes.
         coefficient_rate: Step length of a coefficient; 1 is the whole way to an average.
         max_coefficient: Largest absolute coefficient.
-        control_batches: Batches that decide whether a jump stays: half of them choose, half confirm.
-        accept_level: Of the one-sided test that a jump has to pass.
+        control_batches: Batches that decide what stays; many small ones (an eighth of a training batch) tell
+            more than few large ones.
+        screen_batches: Those of them that choose; the others confirm.
+        screen_level: Of the one-sided test by which the end looks better where it is chosen, before anything
+            more is spent; 0.5 is a lower mean.
+        accept_level: Of the one-sided test that a change has to pass to stay.
         virtual_steps: "real": the schedule follows real steps; "advance_by_Y": a jump that stays moves it on.
         ensemble: Members of the dynamics model.
         hidden: Width of its deterministic state.
@@ -56,8 +60,10 @@ class HybridConfig:
     coefficient_gradients: int = 5
     coefficient_rate: float = 0.1
     max_coefficient: float = 1.5
-    control_batches: int = 16
-    accept_level: float = 0.95
+    control_batches: int = 32
+    screen_batches: int = 8
+    screen_level: float = 0.75
+    accept_level: float = 0.99
     virtual_steps: str = "real"
     ensemble: int = 3
     hidden: int = 32
@@ -87,7 +93,10 @@ class HybridConfig:
             "min_full_steps is below one window": self.min_full_steps < self.window,
             "max_full_steps is below min_full_steps": self.max_full_steps < self.min_full_steps,
             "probe_share is no share between 0 and 1": not 0 <= self.probe_share <= 1,
-            "control_batches is below 8, four to choose and four to confirm": self.control_batches < 8,
+            "screen_batches is below 4": self.screen_batches < 4,
+            "control_batches leaves less than 4 to confirm beside screen_batches": self.control_batches
+            < self.screen_batches + 4,
+            "screen_level is not between 0.5 and 1": not 0.5 <= self.screen_level < 1,
             "accept_level is not between 0.5 and 1": not 0.5 <= self.accept_level < 1,
             "virtual_steps is neither 'real' nor 'advance_by_Y'": self.virtual_steps
             not in ("real", "advance_by_Y"),

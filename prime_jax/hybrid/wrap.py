@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from prime_jax.hybrid.basis import moments
 from prime_jax.hybrid.decide import rows_of
 from prime_jax.hybrid.divergence import assess, measure
-from prime_jax.hybrid.jumps import Jumping
+from prime_jax.hybrid.ending import Ending
 from prime_jax.hybrid.metrics import Totals, console, write
 from prime_jax.hybrid.phases import Phase, PhaseOutcome, PhaseState, advance, force_phase
 from prime_jax.hybrid.programs import programs
@@ -37,7 +37,7 @@ State = Any
 Batch = Any
 
 
-class HybridTrainer(Jumping):
+class HybridTrainer(Ending):
     """Wraps a step.
 
     Attributes:
@@ -236,7 +236,11 @@ class HybridTrainer(Jumping):
             self.phases = replace(self.phases, horizon=horizon or config.horizons[1])
 
     def finish(self, state: State) -> tuple[State, PhaseOutcome | None]:
-        """The end of the run: best of raw, averages, predicted and corrected weights on the control set."""
+        """The end of the run: best of raw, averages, predicted and corrected weights on the control set.
+
+        Where nothing stays the state is the one that was given, and what is left of the budget can go on as
+        steps: the outcome's `cost` says what was spent.
+        """
         if not self.active or not self.config.correct or not self.totals.windows:
             return state, None
         left, self._pending = len(self._pending), []
@@ -245,7 +249,7 @@ class HybridTrainer(Jumping):
             self.totals = replace(self.totals, steps=self.totals.steps + left)
         horizon = self.config.horizons[1]
         self.phases = replace(self.phases, phase=Phase.PREDICT, horizon=horizon)
-        state = self._probe(state, last=True)
+        state = self._ended(state)
         return state, self.outcomes[-1]
 
     def report(self, folder: Path) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_wrap import CONFIG, Run, data, step
 
+from benchmarks.hybrid_report import saved
 from prime_jax.hybrid.metrics import Totals, write
 from prime_jax.hybrid.phases import Phase
 
@@ -61,6 +62,24 @@ def test_a_report_that_cannot_be_written_leaves_the_old_one(
         write(tmp_path, [{"step": 10, "loss": 1.0}], Totals(steps=10))
     assert (tmp_path / "hybrid.json").read_text() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hybrid.csv", "hybrid.json"]
+
+
+def test_steps_saved_are_the_cost_where_nothing_was_kept_and_read_off_the_curve_where_something_was() -> None:
+    one = {"stopped": 2.1, "choice": "ema 25", "cost": 4.0, "control_gain": 0.0}
+    kept = {"plain": 2.0, "end": 1.5, "kept": True, **one}
+    result = {
+        "lengths": [400, 800],
+        "plain": {"wsd 1600 seed 0": 1.0, "wsd 200 seed 0": 3.0},
+        "shared": {
+            # a noisy loss that would count as many steps
+            "wsd 400 seed 0": {"lengths": {"400": {"plain": 2.5, "end": 2.9, "kept": False, **one}}},
+            "wsd 800 seed 0": {"lengths": {"800": kept}},
+        },
+    }
+    found = saved(result)
+    assert found["wsd 400"]["end saved"] == [-4 / 400]
+    # 1.5 lies halfway from 2.0 at 800 steps to 1.0 at 1600, in the logarithm of the steps
+    assert found["wsd 800"]["end saved"] == [pytest.approx(1 - 800 / (800 * 2**0.5))]
 
 
 def test_the_example_in_the_docs_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

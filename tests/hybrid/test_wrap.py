@@ -22,6 +22,8 @@ SETTINGS: dict[str, Any] = {
     "predict": True,
     "window": 5,
     "control_batches": 8,
+    "accept_level": 0.95,  # four batches confirm
+    "screen_batches": 4,
     "warmup_steps": 20,
     "min_full_steps": 20,
     "ensemble": 2,
@@ -204,10 +206,12 @@ def test_a_schedule_that_nobody_can_move_on_is_refused() -> None:
         HybridConfig(virtual_steps="both")
 
 
-def test_where_nothing_stays_the_cost_is_bounded_by_the_share_or_the_end() -> None:
+@pytest.mark.parametrize("first", [0, 4])
+def test_where_nothing_stays_the_cost_is_bounded_by_the_share_or_the_end(first: int) -> None:
+    """INV-1, where all control losses are no numbers, and where those that confirm are."""
     share = 0.2
-    run = Run(HybridConfig(**SETTINGS, probe_share=share, confidence_threshold=0.0, accept_level=0.999999))
-    run.trainer._control = [(x, y * np.nan) for x, y in CONTROL]  # no candidate can pass
+    run = Run(HybridConfig(**SETTINGS, probe_share=share, confidence_threshold=0.0))
+    run.trainer._control = CONTROL[:first] + [(x, y * np.nan) for x, y in CONTROL[first:]]
     run.go(600)
     state, _ = run.trainer.finish(run.state)
     assert not any(outcome.kept for outcome in run.trainer.outcomes)

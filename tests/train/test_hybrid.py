@@ -33,6 +33,7 @@ WATCHED = {
     "enabled": "true",
     "predict": "true",
     "control-batches": "8",
+    "screen-batches": "4",
     "control-share": "0.4",
     "accept-level": "0.5",
     "window": "2",
@@ -382,9 +383,9 @@ def test_devices_must_share_a_control_batch(data: Path, tmp_path: Path) -> None:
         loop._Run(config, tmp_path, prepared(config))
 
 
-def test_a_control_batch_is_a_quarter_of_a_batch_unless_told() -> None:
+def test_a_control_batch_is_an_eighth_of_a_batch_unless_told() -> None:
     rows = {
         batch: control_rows(read_config(None, ["--train.batch-size", str(batch)])) for batch in (2, 4, 128)
     }
-    assert rows == {2: 2, 4: 2, 128: 32}
+    assert rows == {2: 2, 4: 2, 128: 16}
     assert control_rows(read_config(None, ["--hybrid.control-rows", "24"])) == 24
