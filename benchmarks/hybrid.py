@@ -106,15 +106,15 @@ class Runner:
         """Validation loss."""
         return float(np.mean([float(self.loss(params, batch)) for batch in self.task.validation]))
 
-    def trainer(self, seed: int, config: HybridConfig) -> HybridTrainer:
-        """The wrapper; its cursor is how many real steps it saw."""
+    def trainer(self, seed: int, config: HybridConfig, step: Any = None) -> HybridTrainer:
+        """The wrapper, around another step where one is given; its cursor is how many real steps it saw."""
 
         def fresh(count: int) -> list[Any]:
             at = trainer.totals.steps
             return [self.task.batches(seed, at + ahead) for ahead in range(count)]
 
         trainer = HybridTrainer(
-            self.step,
+            step or self.step,
             params_of,
             lambda state, params: {**state, "params": params},
             self.task.loss,
