@@ -8,6 +8,7 @@ query over all folds together, on whole conversations.
 """
 
 import argparse
+import json
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -33,13 +34,15 @@ def fold_of(folder: Path, folds: int) -> ndarray:
 
 
 def without(folder: Path, left_out: ndarray, out: Path) -> Path:
-    """A data folder like the given one, in which some records of train are the test split."""
+    """A data folder like the given one, in which some records of train are the test split, each id once."""
     out.mkdir(parents=True, exist_ok=True)
     for name in ("corpus.jsonl", "dev.jsonl"):
         shutil.copyfile(folder / name, out / name)
     records = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     records = [record for record in records if record.strip()]
-    for name, kept in (("train", ~left_out), ("test", left_out)):
+    ids = [json.loads(record)["id"] for record in records]
+    first = np.array([ids.index(name) == at for at, name in enumerate(ids)])
+    for name, kept in (("train", ~left_out), ("test", left_out & first)):
         write_text(out / f"{name}.jsonl", "".join(records[at] for at in np.flatnonzero(kept)))
     return out
 
