@@ -164,7 +164,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     base = read_config(given.config, common)
     data = opened(base, given.unseen)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
-    told = base.model_dump(mode="json", exclude=_ELSEWHERE)
+    unused = {} if base.hybrid.watching else {"hybrid": True}
+    told = base.model_dump(mode="json", exclude={**_ELSEWHERE, **unused})
     same = {"data_hash": data.hash, "seeds": given.seeds, "unseen_key": given.unseen, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")
