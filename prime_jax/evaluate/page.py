@@ -48,7 +48,8 @@ tr.first td { border-top: 2px solid var(--line); }
   margin: 2rem 0; }
 figure { margin: 0; break-inside: avoid; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .25rem; }
-figure svg { width: 100%; height: auto; display: block; overflow: visible; font-family: system-ui, sans-serif; }
+figure svg { width: 100%; height: auto; display: block; overflow: visible;
+  font-family: system-ui, sans-serif; }
 article { border: 1px solid var(--line); border-radius: .5rem; padding: .9rem 1rem; margin: 0 0 1rem;
   break-inside: avoid; }
 dl { margin: 0; }
@@ -61,7 +62,8 @@ dd { margin: 0; overflow-wrap: anywhere; white-space: pre-line; }
   .headline { font-size: 1.2rem; } }
 @media print { body { padding: 0; max-width: none; font-size: 11pt; } .scroll { overflow: visible; }
   table { font-size: 8pt; } th, td { padding: .2rem .35rem; position: static; } tr { break-inside: avoid; }
-  .figures { grid-template-columns: 1fr 1fr; margin: 1rem 0; } h2 { margin-top: 1.5rem; break-after: avoid; } }
+  .figures { grid-template-columns: 1fr 1fr; margin: 1rem 0; }
+  h2 { margin-top: 1.5rem; break-after: avoid; } }
 """
 
 
