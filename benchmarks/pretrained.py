@@ -31,7 +31,7 @@ from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.train import checkpoints
 from prime_jax.train.loop import train
 
-CONFIG = Path(__file__).parents[1] / "configs" / "recommended.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "chat.yaml"  # trained encoders read no corpus of embeddings
 SEEDS = (0, 1, 2)
 T_95 = 4.303  # Student's t of two degrees of freedom
 METRICS = ("P@5", "R@10", "MRR@10", "nDCG@10")

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from prime_jax.hybrid import bandit, corrector, residuals
 from prime_jax.hybrid.basis import moments
-from prime_jax.hybrid.decide import mean, rows_of, upper_bound
+from prime_jax.hybrid.decide import mean, upper_bound
 from prime_jax.hybrid.phases import PhaseOutcome, advance
 from prime_jax.hybrid.programs import Programs
 from prime_jax.hybrid.recovery import Recovering
@@ -34,7 +34,7 @@ def screen_cost(config: HybridConfig, forward: float = FORWARD) -> float:
         config: Settings.
         forward: What one control batch costs, in full steps.
     """
-    candidates = 2 + len(config.ema_steps)  # raw, a short jump, the averages
+    candidates = 2 + len(config.ema_steps)  # raw, ahead, the averages
     return candidates * config.screen_batches * forward
 
 
@@ -58,11 +58,12 @@ class Jumping(Recovering):
     _fresh: Callable[[int], Sequence[Batch]]
     _control: list[Batch]
     _rows: int
+    _rows_of: Callable[[Batch], int]
 
     @property
     def forward_cost(self) -> float:
         """Of one control batch in full steps: a third, less where it is smaller than a training batch."""
-        return FORWARD * (rows_of(self._control[0]) / self._rows if self._rows else 1.0)
+        return FORWARD * (self._rows_of(self._control[0]) / self._rows if self._rows else 1.0)
 
     def _affordable(self) -> bool:
         """Whether one more jump stays within the budget, which shrinks while jumps are refused.

@@ -61,6 +61,7 @@ class HybridTrainer(Ending):
         cursor: Callable[[], Any] | None = None,
         seek: Callable[[Any], None] | None = None,
         advance: Callable[[State, int], State] | None = None,
+        rows: Callable[[Batch], int] = rows_of,
     ):
         """Wrap `train_step`.
 
@@ -77,6 +78,7 @@ class HybridTrainer(Ending):
             seek: Puts the data there.
             advance: A state whose step count, and so its schedule, is some steps further; needed for
                 `virtual_steps: advance_by_Y`.
+            rows: Examples in a training or control batch, where another array of it is longer than they are.
 
         Raises:
             ValueError: If jumps are asked for without control batches or fresh ones, or `advance_by_Y`
@@ -97,6 +99,7 @@ class HybridTrainer(Ending):
         self._advance = advance if config.virtual_steps == "advance_by_Y" else None
         self._get, self._set = get_params, set_params
         self._control = list(control)[: config.control_batches]
+        self._rows_of = rows
         self._fresh = fresh or (lambda count: [])
         self._cursor, self._seek = cursor or (lambda: None), seek or (lambda place: None)
         self.totals, self.phases = Totals(), PhaseState(threshold=config.confidence_threshold)
@@ -137,7 +140,7 @@ class HybridTrainer(Ending):
         state, metrics = self._train_step(state, batch)
         if not self.active:
             return state, metrics
-        self._rows = self._rows or rows_of(batch)
+        self._rows = self._rows or self._rows_of(batch)
         self._pending.append((metrics["loss"], metrics.get("gradient_norm")))
         if len(self._pending) == self.config.window:
             state = self._window(state)

@@ -108,6 +108,7 @@ class HybridRun:
             fresh=self._coming,
             cursor=lambda: batches.place,
             seek=batches.seek,
+            rows=_examples,
         )
         self._rows: History
         self._last: tuple[TrainState, Metrics] | None = None
@@ -281,7 +282,13 @@ def _plain(choice: str) -> str:
     average = choice.removeprefix("ema ")
     if average != choice:
         return f"the weights averaged over {average} steps"
-    return "the predicted weights" if choice == "predicted" else "the corrected weights"
+    return "the weights a stretch ahead" if choice == "ahead" else "the corrected weights"
+
+
+def _examples(given: Batch | Given) -> int:
+    """Examples of a batch; the passages that a judged one brings along are none."""
+    batch = given.batch if isinstance(given, Given) else given
+    return len(batch.query)
 
 
 def _weights(state: TrainState) -> Any:

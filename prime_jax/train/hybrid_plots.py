@@ -55,8 +55,9 @@ def _losses(axes: "Axes", rows: Sequence[Row], seen: Sequence[Row]) -> None:
     ends = [row for row in rows if row.get("horizon") == 0 and "after" in row]
     if ends:
         end = ends[-1]
+        what, colour = ("kept", _KEPT) if end["kept"] else ("not kept", _REFUSED)
         _points(axes, [end], "before", "o", "control loss at the end, as trained", mfc="none")
-        _points(axes, [end], "after", "o", f"control loss at the end, kept: {end['choice']}", mfc=_KEPT)
+        _points(axes, [end], "after", "o", f"control loss at the end, {end['choice']}, {what}", mfc=colour)
     for number, row in enumerate(row for row in rows if "rollback" in str(row.get("actions", "")).lower()):
         axes.axvline(row["step"], color=_WRONG, ls=":", label=None if number else "went back")
     _finish(axes, "Loss, with the phases", "nats")

@@ -106,7 +106,9 @@ def test_a_candidate_that_is_not_proved_costs_no_gradients() -> None:
     assert outcome.cost < end_cost(END, trainer.forward_cost) - END.coefficient_gradients
 
 
-def test_the_screen_sees_its_own_batches_only_and_nothing_is_judged_twice() -> None:
+def test_the_screen_sees_its_own_batches_only_and_nothing_is_judged_twice(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """INV-4: batches that confirm have no part in choosing."""
     trainer, state = trained(0.1)
     seen: list[tuple[bytes, int]] = []
@@ -117,7 +119,7 @@ def test_the_screen_sees_its_own_batches_only_and_nothing_is_judged_twice() -> N
         seen.extend((np.asarray(params["w"]).tobytes(), places[id(batch)]) for batch in batches)
         return judge(params, batches)
 
-    trainer._judge = noted  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "_judge", noted)
     _, outcome = trainer.finish(state)
     assert outcome is not None
     assert outcome.kept

@@ -4,29 +4,33 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import SETTINGS, history
-from jax.experimental.compilation_cache import compilation_cache
 
 from prime_jax.config import HybridSection, control_rows, read_config
 from prime_jax.data.control import _chosen, conversations, with_control
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.pipeline import TrainingBatches
 from prime_jax.errors import CheckpointError, ConfigError, DataError, PredictorError
+from prime_jax.hybrid.phases import PhaseOutcome
 from prime_jax.hybrid.settings import HybridConfig
+from prime_jax.losses.corpus import in_chunks
 from prime_jax.train import checkpoints, loop, program
 from prime_jax.train.__main__ import main
 from prime_jax.train.checkpoints import load_model
+from prime_jax.train.hybrid import _examples, _told
+from prime_jax.train.judged import Given
 from prime_jax.train.setup import hybrid_settings, prepared
 from prime_jax.train.state import pure_params
+from prime_jax.types import Batch
 
 STEPS = 15  # 3 per epoch: 50 rows in whole conversations of 5, 20 of them set aside for 8 batches of 2
 WATCHED = {
@@ -70,26 +74,6 @@ def options(data: Path, **changed: str) -> list[str]:
     given = {**WATCHED, **{name.replace("_", "-"): value for name, value in changed.items()}}
     words = [word for name, value in given.items() for word in (f"--hybrid.{name}", value)]
     return [*SETTINGS, "--data.path", str(data), *LIGHT, *words]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """The runs of this file share what they compile."""
-    new = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in new}
-    try:
-        for name, value in new.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
@@ -389,3 +373,31 @@ def test_a_control_batch_is_an_eighth_of_a_batch_unless_told() -> None:
     }
     assert rows == {2: 2, 4: 2, 128: 16}
     assert control_rows(read_config(None, ["--hybrid.control-rows", "24"])) == 24
+
+
+@pytest.mark.parametrize(
+    ("choice", "said"),
+    [
+        ("ema 25", "the weights averaged over 25 steps took"),
+        ("ahead", "the weights a stretch ahead took"),
+        ("corrected", "the corrected weights took"),
+    ],
+)
+def test_the_end_is_told_by_what_was_taken(choice: str, said: str) -> None:
+    end = PhaseOutcome(9, 0, kept=True, choice=choice, before=2.0, after=1.0, bound=-0.5, cost=1.0)
+    assert _told(end).startswith(said)
+
+
+def test_passages_that_a_control_batch_brings_along_are_no_rows_of_it() -> None:
+    vectors, ids = jnp.ones((3, 1)), jnp.zeros(3, jnp.int32)
+    batch = Batch(
+        context=vectors[:, None],
+        context_mask=jnp.ones((3, 1), bool),
+        query=vectors,
+        target=vectors,
+        target_id=ids,
+        positive_ids=ids[:, None],
+        example=ids,
+    )
+    assert _examples(batch) == 3
+    assert _examples(Given(batch, in_chunks(np.ones((40, 1), np.float32), 2))) == 3
