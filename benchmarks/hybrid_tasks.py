@@ -3,7 +3,8 @@
 `embed`: the embedding predictor on a data folder. `lm`: a byte-level language model on the same
 folder's passages. `with_lora`: either of them, its base frozen and low-rank factors trained.
 Control and validation rows are of different documents, all of them from the dev split; nobody trains on them.
-A control batch is an eighth of a training batch, and costs as much.
+A control batch is an eighth of a training batch, and costs as much; where rows are told from each other,
+those of one are told from as many passages as those of a training batch.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from prime_jax.data.control import in_company
 from prime_jax.data.embedded import embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.prepare import prepare
@@ -92,12 +94,9 @@ def embed(
 
     random, trained = np.random.default_rng(0), np.arange(len(targets["train"]))
     documents = np.array([example.id.rsplit("/", 1)[0] for example in dataset.splits["dev"]])
-    names = random.permutation(np.unique(documents))
-    # documents for the control set until it is full; the others validate
-    counts = np.cumsum([np.sum(documents == name) for name in names])
-    few, small = np.searchsorted(counts, CONTROL * rows // SHARE) + 1, rows // SHARE
-    chosen = random.permutation(np.flatnonzero(np.isin(documents, names[:few])))
-    judging = random.permutation(np.flatnonzero(np.isin(documents, names[few:])))
+    small = rows // SHARE
+    chosen, judging = apart(documents, CONTROL * small, random)
+    control = [batch("dev", chosen[at * small : (at + 1) * small]) for at in range(CONTROL)]
 
     def batches(seed: int, step: int) -> Batch:
         per_epoch = len(trained) // rows
@@ -113,7 +112,7 @@ def embed(
         lambda seed: pure_params(model.build(rngs=nnx.Rngs(seed))),
         loss,
         batches,
-        [batch("dev", chosen[at * small : (at + 1) * small]) for at in range(CONTROL)],
+        in_company(control, rows),
         [batch("dev", judging[at * rows : (at + 1) * rows]) for at in range(len(judging) // rows)],
         {
             "batch": rows,
@@ -126,6 +125,19 @@ def embed(
             "dev rows": len(judging) // rows * rows,
         },
     )
+
+
+def apart(documents: np.ndarray, wanted: int, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of half of the documents, as evenly as can be, for the control set; all rows of the others."""
+    names = random.permutation(np.unique(documents))
+    order = random.permutation(np.flatnonzero(np.isin(documents, names[: len(names) // 2])))
+    turn = np.zeros(len(order), int)  # the how many-th of its document a row is
+    for name in names:
+        mine = documents[order] == name
+        turn[mine] = np.arange(np.sum(mine))
+    chosen = order[np.argsort(turn, kind="stable")[:wanted]]
+    judging = np.flatnonzero(np.isin(documents, names[len(names) // 2 :]))
+    return random.permutation(chosen), random.permutation(judging)
 
 
 def lm(folder: Path, *, rows: int = 8, length: int = 32, width: int = 64, layers: int = 2) -> Task:

@@ -1,5 +1,6 @@
 """A control set: part of the training data, set aside by whole conversations and never trained on."""
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -9,8 +10,10 @@ from jaxtyping import Bool, Int64
 from prime_jax.data.embedded import EmbeddedDataset, EmbeddedSplit
 from prime_jax.errors import DataError
 from prime_jax.retrieval.groups import linked
+from prime_jax.types import Batch
 
 CONTROL = "control"
+COMPANY = 256  # passages lent to a control batch, at most: it holds a copy for every row
 
 
 def with_control(
@@ -95,3 +98,31 @@ def part_of(split: EmbeddedSplit, which: Bool[np.ndarray, " n"]) -> EmbeddedSpli
         elif isinstance(value, np.ndarray):
             parts[field.name] = value[places]
     return replace(split, **parts)
+
+
+def in_company(batches: Sequence[Batch], rows: int) -> list[Batch]:
+    """Small batches whose rows are told from as many passages as those of a training batch.
+
+    InfoNCE within few rows asks for something else than training does: what is best among 8 passages need not
+    be among 64. So each batch gets the targets of those that follow it as explicit negatives, which cost no
+    forward pass: as many as it has rows less than `rows`, at most `COMPANY`, and no more than there are.
+
+    Args:
+        batches: Of one size, in host memory.
+        rows: Of a training batch.
+    """
+    targets = np.concatenate([batch.target for batch in batches])
+    ids = np.concatenate([batch.target_id for batch in batches])
+    size = len(batches[0].query)
+    more = max(0, min(rows, len(targets), size + COMPANY) - size)
+    if not more:
+        return list(batches)
+    found = []
+    for at, batch in enumerate(batches, start=1):
+        others = (at * size + np.arange(more)) % len(targets)
+        named, brought = np.tile(ids[others], (size, 1)), np.tile(targets[others], (size, 1, 1))
+        if batch.negatives is not None:
+            named = np.concatenate([batch.negative_ids, named], axis=1)
+            brought = np.concatenate([batch.negatives, brought], axis=1)
+        found.append(batch._replace(negatives=brought, negative_ids=named))
+    return found

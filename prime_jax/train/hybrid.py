@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from prime_jax.config import Config, control_rows
-from prime_jax.data.control import CONTROL
+from prime_jax.config import Config, TrainingConfig, control_rows
+from prime_jax.data.control import CONTROL, in_company
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.pipeline import TrainingBatches
 from prime_jax.errors import CheckpointError, ConfigError
@@ -104,7 +104,7 @@ class HybridRun:
             _with_weights,
             program.judged_loss,
             settings,
-            control=[program.placed(batch) for batch in control.coming(settings.control_batches)],
+            control=[program.placed(batch) for batch in self._judging(control, train)],
             fresh=self._coming,
             cursor=lambda: batches.place,
             seek=batches.seek,
@@ -240,6 +240,13 @@ class HybridRun:
             self._in_window, self._since = 0, time.perf_counter()
         return self._last
 
+    def _judging(self, control: TrainingBatches, train: TrainingConfig) -> Sequence[Batch]:
+        """The control batches; their rows are told from as many passages as those of a training batch."""
+        batches = control.coming(self._settings.control_batches)
+        if train.negatives == "corpus":
+            return batches
+        return in_company(batches, train.batch_size)
+
     def _coming(self, count: int) -> Sequence[Given]:
         return [self._program.placed(batch) for batch in self._batches.coming(count)]
 
@@ -282,7 +289,10 @@ def _plain(choice: str) -> str:
     average = choice.removeprefix("ema ")
     if average != choice:
         return f"the weights averaged over {average} steps"
-    return "the weights a stretch ahead" if choice == "ahead" else "the corrected weights"
+    if choice == "corrected":
+        return "the corrected weights"
+    times = choice.removeprefix("ahead").removesuffix("times").strip()
+    return f"the weights {times} stretches ahead" if times else "the weights a stretch ahead"
 
 
 def _examples(given: Batch | Given) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import steps
 from commands import SETTINGS, history
 
 from prime_jax.config import HybridSection, control_rows, read_config
-from prime_jax.data.control import _chosen, conversations, with_control
+from prime_jax.data import control as control_sets
+from prime_jax.data.control import _chosen, conversations, in_company, with_control
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.pipeline import TrainingBatches
 from prime_jax.errors import CheckpointError, ConfigError, DataError, PredictorError
 from prime_jax.hybrid.phases import PhaseOutcome
 from prime_jax.hybrid.settings import HybridConfig
+from prime_jax.losses.contrastive import info_nce
 from prime_jax.losses.corpus import in_chunks
 from prime_jax.train import checkpoints, loop, program
 from prime_jax.train.__main__ import main
@@ -380,12 +384,54 @@ def test_a_control_batch_is_an_eighth_of_a_batch_unless_told() -> None:
     [
         ("ema 25", "the weights averaged over 25 steps took"),
         ("ahead", "the weights a stretch ahead took"),
+        ("ahead 4 times", "the weights 4 stretches ahead took"),
         ("corrected", "the corrected weights took"),
     ],
 )
 def test_the_end_is_told_by_what_was_taken(choice: str, said: str) -> None:
     end = PhaseOutcome(9, 0, kept=True, choice=choice, before=2.0, after=1.0, bound=-0.5, cost=1.0)
     assert _told(end).startswith(said)
+
+
+def test_rows_in_company_are_told_from_what_those_of_a_whole_batch_are() -> None:
+    """Three batches of 2 rows, each told from 6 passages: the loss of a batch of 6, row by row."""
+    whole = steps.batch(5, rows=6)
+    small = [jax.tree.map(lambda array, at=at: array[at : at + 2], whole) for at in (0, 2, 4)]
+
+    def losses(batches: Sequence[Batch]) -> np.ndarray:
+        told = (
+            info_nce(jnp.asarray(b.query), jax.tree.map(jnp.asarray, b), temperature=0.1) for b in batches
+        )
+        return np.concatenate([one.loss for one in told])
+
+    np.testing.assert_allclose(losses(in_company(small, rows=6)), losses([whole]), rtol=1e-5)
+    assert np.abs(losses(small) - losses([whole])).max() > 0.1
+
+
+def test_company_comes_beside_negatives_that_are_there_and_has_an_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    small = [jax.tree.map(np.asarray, steps.with_everything(seed, rows=2)) for seed in range(4)]
+    there = small[0].negatives.shape[1]
+    found = in_company(small, rows=6)
+    assert [batch.negatives.shape[1] for batch in found] == [there + 4] * 4
+    assert [batch.negative_ids.shape[1] for batch in found] == [there + 4] * 4
+    np.testing.assert_array_equal(found[3].negatives[0, there : there + 2], small[0].target)  # round and on
+    assert in_company(small, rows=2) == small
+    assert in_company(small, rows=100)[0].negatives.shape[1] == there + 6  # no more than there are
+    monkeypatch.setattr(control_sets, "COMPANY", 3)
+    assert in_company(small, rows=100)[0].negatives.shape[1] == there + 3
+
+
+def test_control_batches_of_a_run_are_in_company_unless_all_passages_are_negatives(
+    data: Path, tmp_path: Path
+) -> None:
+    for more, brought in (([], 6), (["--train.negatives", "corpus"], None)):
+        config = read_config(None, [*options(data), *more])
+        run = loop._Run(config, tmp_path / str(brought), prepared(config))
+        for given in run.hybrid._trainer._control:
+            negatives = given.batch.negatives
+            assert (None if negatives is None else negatives.shape[:2]) == (brought and (2, brought))
 
 
 def test_passages_that_a_control_batch_brings_along_are_no_rows_of_it() -> None:
