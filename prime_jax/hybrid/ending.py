@@ -2,9 +2,10 @@
 
 Every stage is paid for only where the one before it gave reason to:
 
-1. The screen: raw weights and the simple candidates (the averages, and `ahead`: as far beyond the weights as
-   one of the averages lies behind them) on the control batches that choose. Where the best of them does not
-   look better than raw, by a weak test, that is all it costs.
+1. The screen: raw weights, the longest average, and `ahead`, as far beyond the weights as that average lies
+   behind them, on the control batches that choose. Where `ahead` looks better than raw, by a weak test, then
+   twice as far, and again, while that looks better (the line search of arXiv 2409.04206); otherwise the
+   shorter averages. Where the best of them does not look better than raw, that is all it costs.
 2. The proof: that one against raw on the batches that confirm, which had no part in choosing it.
 3. The correction: a few gradients on coefficients, which begin at the candidate that was proved. It takes its
    place where it looks better by the weak test on the batches that choose, is better on those that confirm,
@@ -37,11 +38,8 @@ class Ending(Jumping):
         gradients = 0
 
         # 1. the screen
-        raw = self._judge(params, screen)
-        starts = self._simple()
-        known = {
-            name: self._judge(self._run.move(params, hybrid.basis, c), screen) for name, c in starts.items()
-        }
+        known, starts = self._looked(params, screen)
+        raw = known.pop("raw")
         choice = min(known, key=lambda name: mean(known[name]))
         looks, c, moved = known[choice], starts[choice], params
         before, after, bound = mean(raw), mean(looks), upper_bound(looks, raw, config.screen_level)
@@ -76,11 +74,32 @@ class Ending(Jumping):
         )
         return self._closed(state, outcome, before, moved, c)
 
-    def _simple(self) -> dict[str, Any]:
-        """Coefficients of the candidates that cost no gradients."""
+    def _looked(self, params: Any, batches: list[Any]) -> tuple[dict[str, list[float]], dict[str, Any]]:
+        """Losses of raw weights and of candidates that cost no gradients; and the coefficients of these.
+
+        At most one look for raw, one for `ahead` and one for each average.
+        """
         assert self.hybrid is not None
-        steps = self.config.ema_steps
-        nothing = jnp.zeros((len(self.hybrid.square), self.config.basis))
-        averages = {f"ema {n}": nothing.at[:, at].set(1.0) for at, n in enumerate(steps)}
-        at = len(steps) - min(2, len(steps))  # the longest average lags too far behind
-        return averages | {"ahead": nothing.at[:, at].set(-1.0)}
+        basis, config = self.hybrid.basis, self.config
+        longest = len(config.ema_steps) - 1
+        nothing = jnp.zeros((len(self.hybrid.square), config.basis))
+        known = {"raw": self._judge(params, batches)}
+        starts: dict[str, Any] = {}
+
+        def look(name: str, tree: int, factor: float) -> list[float]:
+            starts[name] = nothing.at[:, tree].set(factor)
+            known[name] = self._judge(self._run.move(params, basis, starts[name]), batches)
+            return known[name]
+
+        look(f"ema {config.ema_steps[longest]}", longest, 1.0)
+        best, far = look("ahead", longest, -1.0), 2
+        if upper_bound(best, known["raw"], config.screen_level) >= 0:
+            for tree, steps in enumerate(config.ema_steps[:-1]):
+                look(f"ema {steps}", tree, 1.0)
+            return known, starts
+        while far <= min(config.max_coefficient, 2 ** (len(config.ema_steps) - 1)):
+            further = look(f"ahead {far} times", longest, -float(far))
+            if mean(further) >= mean(best):
+                break
+            best, far = further, 2 * far
+        return known, starts

@@ -28,13 +28,13 @@ FORWARD = 1 / 3  # of a full step
 
 
 def screen_cost(config: HybridConfig, forward: float = FORWARD) -> float:
-    """Full steps that the end takes where no simple candidate looks better than raw weights.
+    """Full steps that the end takes where no simple candidate looks better than raw weights; the most, else.
 
     Args:
         config: Settings.
         forward: What one control batch costs, in full steps.
     """
-    candidates = 2 + len(config.ema_steps)  # raw, ahead, the averages
+    candidates = 2 + len(config.ema_steps)  # raw, ahead, the averages (or further ahead instead)
     return candidates * config.screen_batches * forward
 
 

@@ -59,7 +59,7 @@ class HybridConfig:
     probe_share: float = 0.01
     coefficient_gradients: int = 5
     coefficient_rate: float = 0.1
-    max_coefficient: float = 1.5
+    max_coefficient: float = 4.0
     control_batches: int = 32
     screen_batches: int = 8
     screen_level: float = 0.75
