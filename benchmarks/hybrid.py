@@ -30,7 +30,7 @@ import optax
 
 from benchmarks.common import facts
 from benchmarks.hybrid_quality import move_quality, prequential
-from benchmarks.hybrid_tasks import TASKS, Task, with_lora
+from benchmarks.hybrid_tasks import CONTROL, TASKS, Task, with_lora
 from prime_jax.files import read_json, write_json
 from prime_jax.hybrid.decide import rows_of
 from prime_jax.hybrid.jumps import FORWARD, end_cost
@@ -49,6 +49,16 @@ STOPPED = 0.7  # share of a cosine after which it is stopped and corrected, in r
 LONGEST = 3000
 TUNING_SEED = 100
 CONFIG = HybridConfig(predict=True, warmup_steps=50, confidence_threshold=0.0, probe_share=0.05)
+
+
+def settings_for(length: int) -> HybridConfig:
+    """Settings of a run: looking at its end, and finding nothing, costs at most 1% of the steps.
+
+    A control batch costs a 24th of a step, an eighth of a forward pass. A quarter of them is looked at six
+    times (raw weights and five candidates), the others twice: an eighth of a step for each.
+    """
+    batches = max(32, min(CONTROL, round(0.01 * 8 * length)))
+    return replace(CONFIG, control_batches=batches, screen_batches=batches // 4)
 
 
 def rates(schedule: str, peak: float, total: int) -> np.ndarray:
@@ -119,7 +129,7 @@ class Runner:
             lambda state, params: {**state, "params": params},
             self.task.loss,
             config,
-            control=self.task.control,
+            control=self.task.control[: config.control_batches],
             fresh=fresh,
         )
         return trainer
@@ -136,10 +146,10 @@ class Runner:
         return self.judged(self.trained(seed, schedule, peak, total)["params"])
 
 
-def taken(run: Runner) -> int:
-    """Full steps that the end takes at most, rounded up."""
+def taken(run: Runner, length: int) -> int:
+    """Full steps that the end of a run takes at most, rounded up."""
     forward = FORWARD * rows_of(run.task.control[0]) / rows_of(run.task.batches(0, 0))
-    return int(np.ceil(end_cost(CONFIG, forward)))
+    return int(np.ceil(end_cost(settings_for(length), forward)))
 
 
 def shared_run(
@@ -162,8 +172,7 @@ def shared_run(
         branches: Lengths that are compared.
         planned: Steps that the schedule is made for, where it is stopped before its end; `total` by default.
     """
-    config = replace(CONFIG, predict=False)
-    trainer, cost = run.trainer(seed, config), taken(run)
+    trainer = run.trainer(seed, replace(CONFIG, predict=False))
     state = run.state(seed, schedule, peak, planned or total)
     trainer.init(state)
     found: dict[str, Any] = {str(length): {} for length in branches}
@@ -171,10 +180,11 @@ def shared_run(
     losses = []
     for at in range(total):
         for length in branches:
-            if at == length - cost:
-                saved = jax.tree.map(jnp.copy, trainer.saved())
-                rows = list(trainer.rows)
-                branch, outcome = trainer.finish(jax.tree.map(jnp.copy, state))
+            if at == length - taken(run, length):
+                ended = run.trainer(seed, replace(settings_for(length), predict=False))
+                ended.init(state)
+                ended.restore(jax.tree.map(jnp.copy, trainer.saved()))
+                branch, outcome = ended.finish(jax.tree.map(jnp.copy, state))
                 assert outcome is not None
                 cell = found[str(length)]
                 cell["stopped"] = run.judged(state["params"])
@@ -184,8 +194,6 @@ def shared_run(
                     ending[length - math.ceil(outcome.cost)] = str(length)
                 cell |= {name: getattr(outcome, name) for name in ("choice", "kept", "cost")}
                 cell["control_gain"] = 1 - outcome.after / outcome.before
-                trainer.restore(saved)
-                trainer.rows = rows
         state, told = trainer.step(state, run.task.batches(seed, at))
         losses.append(told["loss"])
         if at + 1 in ending:
@@ -201,8 +209,9 @@ def shared_run(
 def full_run(run: Runner, seed: int, schedule: str, peak: float, total: int) -> dict[str, Any]:
     """A run that jumps and corrects, all within the cost of `total` steps."""
     # jumps and the end share the budget, which is what the end takes where that is more
-    real = min(int(total / (1 + CONFIG.probe_share)), total - taken(run))
-    trainer, state = run.trainer(seed, CONFIG), run.state(seed, schedule, peak, real)
+    config = settings_for(total)
+    real = min(int(total / (1 + config.probe_share)), total - taken(run, total))
+    trainer, state = run.trainer(seed, config), run.state(seed, schedule, peak, real)
     trainer.init(state)
     for at in range(real):
         state, _ = trainer.step(state, run.task.batches(seed, at))
@@ -232,6 +241,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     lengths, between = LENGTHS[given.task], BETWEEN[given.task]
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(CONFIG).items()}
+    settings["control_batches"] = {str(n): settings_for(n).control_batches for n in lengths}
+    settings["screen_batches"] = {str(n): settings_for(n).screen_batches for n in lengths}
     same = {"task": given.task, "about": run.task.about, "settings": settings, "lengths": list(lengths)}
     if any(result.get(name, value) != value for name, value in same.items()):
         sys.exit(f"{given.out} holds results of another task or of other settings; choose another file")

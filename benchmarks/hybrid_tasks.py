@@ -26,7 +26,7 @@ from prime_jax.models.prime import PredictorConfig
 from prime_jax.train.state import build_graph, pure_params
 from prime_jax.types import Batch
 
-CONTROL = 32  # batches kept aside
+CONTROL = 128  # batches kept aside, at most
 SHARE = 8  # of a training batch is a control batch
 
 
@@ -96,7 +96,7 @@ def embed(
     documents = np.array([example.id.rsplit("/", 1)[0] for example in dataset.splits["dev"]])
     small = rows // SHARE
     chosen, judging = apart(documents, CONTROL * small, random)
-    control = [batch("dev", chosen[at * small : (at + 1) * small]) for at in range(CONTROL)]
+    control = [batch("dev", chosen[at * small : (at + 1) * small]) for at in range(len(chosen) // small)]
 
     def batches(seed: int, step: int) -> Batch:
         per_epoch = len(trained) // rows
@@ -121,7 +121,7 @@ def embed(
             "turns": turns,
             "noise": noise,
             "train rows": len(trained),
-            "control rows": CONTROL * small,
+            "control rows": len(control) * small,
             "dev rows": len(judging) // rows * rows,
         },
     )

@@ -46,7 +46,7 @@ class HybridSection(Frozen):
     )
     screen_batches: int = Field(default=8, ge=4, description="those of them that choose; the others confirm")
     screen_level: float = Field(
-        default=0.75, ge=0.5, lt=1, description="level of the test before more is spent on a change"
+        default=0.5, ge=0.5, lt=1, description="level of the test before more is spent on a change"
     )
     control_rows: int = Field(
         default=0, ge=0, description="rows of a control batch; 0: an eighth of train.batch_size, at least 2"
@@ -55,7 +55,7 @@ class HybridSection(Frozen):
         default=0.15, gt=0, lt=1, description="most of the training rows that the control set may take"
     )
     accept_level: float = Field(
-        default=0.99, ge=0.5, lt=1, description="level of the one-sided test that a change has to pass"
+        default=0.9, ge=0.5, lt=1, description="level of the one-sided test that a change has to pass"
     )
     virtual_steps: Literal["real", "advance_by_Y"] = Field(
         default="real", description="what the schedule follows; the trainer knows 'real' only"

@@ -62,8 +62,8 @@ class HybridConfig:
     max_coefficient: float = 4.0
     control_batches: int = 32
     screen_batches: int = 8
-    screen_level: float = 0.75
-    accept_level: float = 0.99
+    screen_level: float = 0.5
+    accept_level: float = 0.9
     virtual_steps: str = "real"
     ensemble: int = 3
     hidden: int = 32

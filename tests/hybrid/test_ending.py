@@ -96,6 +96,77 @@ def test_a_rate_that_is_too_low_passes_although_averages_are_worse() -> None:
     assert outcome.after < outcome.before
 
 
+def scripted(monkeypatch: pytest.MonkeyPatch, losses: dict[str, float], **more: Any) -> tuple[Any, list[str]]:
+    """Outcome and names of the looks of an end whose candidates have these losses; 1 for raw and the others.
+
+    Weights are told apart by how far they lie from raw along the longest average's displacement.
+    """
+    trainer, state = trained(0.1, steps=100, config=HybridConfig(**{**SETTINGS, "predict": False, **more}))
+    raw = state["params"]["w"]
+    steps = trainer.config.ema_steps
+    nothing = jnp.zeros((1, trainer.config.basis))
+    known = {"raw": raw}
+    for tree, length in enumerate(steps):
+        known[f"ema {length}"] = trainer._run.move(
+            {"w": raw}, trainer.hybrid.basis, nothing.at[:, tree].set(1.0)
+        )["w"]
+    for times, name in ((1, "ahead"), (2, "ahead 2 times"), (4, "ahead 4 times"), (8, "ahead 8 times")):
+        c = nothing.at[:, len(steps) - 1].set(-float(times))
+        known[name] = trainer._run.move({"w": raw}, trainer.hybrid.basis, c)["w"]
+    looks: list[str] = []
+
+    def judge(params: Any, batches: Any) -> list[float]:
+        name = next((n for n, w in known.items() if bool(jnp.all(w == params["w"]))), "corrected")
+        looks.append(name)
+        return [losses.get(name, 1.0) + 0.001 * at for at in range(len(batches))]
+
+    monkeypatch.setattr(trainer, "_judge", judge)
+    _, outcome = trainer.finish(state)
+    return outcome, looks
+
+
+AVERAGES = [f"ema {n}" for n in END.ema_steps]
+
+
+@pytest.mark.parametrize(
+    ("losses", "more", "looks", "choice"),
+    [
+        ({}, {}, ["raw", AVERAGES[-1], "ahead", *AVERAGES[:-1]], "raw"),
+        ({"ahead": 0.9}, {}, ["raw", AVERAGES[-1], "ahead", "ahead 2 times"], "ahead"),
+        (
+            {"ahead": 0.9, "ahead 2 times": 0.8},
+            {},
+            ["raw", AVERAGES[-1], "ahead", "ahead 2 times", "ahead 4 times"],
+            "ahead 2 times",
+        ),
+        (
+            {"ahead": 0.9, "ahead 2 times": 0.8, "ahead 4 times": 0.7, "ahead 8 times": 0.1},
+            {},
+            ["raw", AVERAGES[-1], "ahead", "ahead 2 times", "ahead 4 times"],
+            "ahead 4 times",
+        ),
+        (
+            {"ahead": 0.9, "ahead 2 times": 0.8},
+            {"max_coefficient": 1.0},
+            ["raw", AVERAGES[-1], "ahead"],
+            "ahead",
+        ),
+        ({AVERAGES[0]: 0.9}, {}, ["raw", AVERAGES[-1], "ahead", *AVERAGES[:-1]], AVERAGES[0]),
+        ({AVERAGES[-1]: 0.9}, {}, ["raw", AVERAGES[-1], "ahead", *AVERAGES[:-1]], AVERAGES[-1]),
+    ],
+)
+def test_the_screen_goes_on_in_the_direction_that_helps(
+    monkeypatch: pytest.MonkeyPatch, losses: Any, more: Any, looks: list[str], choice: str
+) -> None:
+    """Further ahead while that looks better, to the largest coefficient; the shorter averages otherwise."""
+    outcome, looked = scripted(monkeypatch, losses, **more)
+    assert looked[: len(looks)] == looks
+    assert outcome.choice == choice
+    assert outcome.kept == (choice != "raw")
+    proof = [] if choice == "raw" else ["raw", choice, "corrected"]
+    assert looked[len(looks) :] == proof
+
+
 def test_a_candidate_that_is_not_proved_costs_no_gradients() -> None:
     trainer, before, after, outcome = ended(0.1, control=CONTROL[:4] + broken(CONTROL[4:]))
     assert not outcome.kept
