@@ -28,6 +28,7 @@ class Resumable:
     _retries: int
     _last_error: float
     _predictor_finite: bool
+    _rows: int
 
     def saved(self) -> dict[str, Any]:
         """Everything that going on needs, as arrays; an open snapshot is given up, here and there."""
@@ -49,6 +50,7 @@ class Resumable:
             "last_error": self._last_error,
             "predictor_finite": self._predictor_finite,
             "pending": len(fetched),
+            "batch_rows": self._rows,
         }
         return {
             "arrays": _as_dict(self.hybrid),
@@ -74,6 +76,7 @@ class Resumable:
         )
         self._probe_scale, self._backoff, self._retries = n["probe_scale"], n["backoff"], int(n["retries"])
         self._last_error, self._predictor_finite = n["last_error"], bool(n["predictor_finite"])
+        self._rows = int(n["batch_rows"])
         pairs = zip(saved["losses"].tolist(), saved["gradients"].tolist(), strict=True)
         self._pending = [(a, None if math.isnan(b) else b) for a, b in list(pairs)[: int(n["pending"])]]
         told = saved["confidence"].tolist()

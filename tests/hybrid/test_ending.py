@@ -202,6 +202,29 @@ def test_the_screen_sees_its_own_batches_only_and_nothing_is_judged_twice(
     assert len(set(seen)) == len(seen)
 
 
+def test_a_run_that_is_resumed_at_its_end_counts_the_same_cost() -> None:
+    """Small control batches cost less than training ones, which a resumed trainer has not seen yet."""
+    small = [(x[:2], y[:2]) for x, y in CONTROL]
+    first, state = trained(0.1, steps=100, control=small)
+    assert first.forward_cost < 1 / 3
+    fresh = HybridTrainer(
+        first._train_step,
+        params_of,
+        first._set,
+        loss,
+        END,
+        control=small,
+        fresh=lambda count: [data(100 + at) for at in range(count)],
+    )
+    fresh.init(state)
+    fresh.restore(first.saved())
+    _, resumed = fresh.finish(state)
+    _, outcome = first.finish(state)
+    assert resumed is not None
+    assert outcome is not None
+    assert resumed.cost == outcome.cost
+
+
 def test_what_the_screen_left_can_be_trained_on() -> None:
     run = Run(END).go(103)
     run.trainer._control = broken(CONTROL)
