@@ -5,7 +5,10 @@ import os
 import shutil
 import tempfile
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+DEVICES = "--xla_force_host_platform_device_count=8"
+# Tests compile much and compute little. Where a GPU may run them, programs are compiled as users have them.
+QUICKLY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", DEVICES if shutil.which("nvidia-smi") else f"{DEVICES} {QUICKLY}")
 os.environ["PRIME_JAX_CACHE"] = ""  # no test depends on, or leaves, compiled programs in the user's folder
 if "PYTEST_XDIST_WORKER" not in os.environ:
     # Many tests compile the same programs. The folder is new in every session and goes with it; pytest's

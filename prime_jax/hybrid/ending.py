@@ -38,10 +38,10 @@ class Ending(Jumping):
         gradients = 0
 
         # 1. the screen
-        known, starts = self._looked(params, screen)
-        raw = known.pop("raw")
-        choice = min(known, key=lambda name: mean(known[name]))
-        looks, c, moved = known[choice], starts[choice], params
+        seen = self._looked(params, screen)
+        raw, _ = seen.pop("raw")
+        choice = min(seen, key=lambda name: mean(seen[name][0]))
+        (looks, c), moved = seen[choice], params
         before, after, bound = mean(raw), mean(looks), upper_bound(looks, raw, config.screen_level)
         kept = False
         if bound >= 0:
@@ -74,32 +74,34 @@ class Ending(Jumping):
         )
         return self._closed(state, outcome, before, moved, c)
 
-    def _looked(self, params: Any, batches: list[Any]) -> tuple[dict[str, list[float]], dict[str, Any]]:
-        """Losses of raw weights and of candidates that cost no gradients; and the coefficients of these.
+    def _looked(self, params: Any, batches: list[Any]) -> dict[str, tuple[list[float], Any]]:
+        """Losses and coefficients of raw weights and of candidates that cost no gradients.
 
-        At most one look for raw, one for `ahead` and one for each average.
+        One look for raw, one for `ahead` and at most as many as there are averages.
         """
         assert self.hybrid is not None
-        basis, config = self.hybrid.basis, self.config
-        longest = len(config.ema_steps) - 1
-        nothing = jnp.zeros((len(self.hybrid.square), config.basis))
-        known = {"raw": self._judge(params, batches)}
-        starts: dict[str, Any] = {}
+        basis, averages, level = self.hybrid.basis, self.config.ema_steps, self.config.screen_level
+        nothing = jnp.zeros((len(self.hybrid.square), self.config.basis))
+        seen = {"raw": (self._judge(params, batches), nothing)}
 
         def look(name: str, tree: int, factor: float) -> list[float]:
-            starts[name] = nothing.at[:, tree].set(factor)
-            known[name] = self._judge(self._run.move(params, basis, starts[name]), batches)
-            return known[name]
+            c = nothing.at[:, tree].set(factor)
+            seen[name] = self._judge(self._run.move(params, basis, c), batches), c
+            return seen[name][0]
 
-        look(f"ema {config.ema_steps[longest]}", longest, 1.0)
-        best, far = look("ahead", longest, -1.0), 2
-        if upper_bound(best, known["raw"], config.screen_level) >= 0:
-            for tree, steps in enumerate(config.ema_steps[:-1]):
+        longest = len(averages) - 1
+        look(f"ema {averages[longest]}", longest, 1.0)
+        nearer = look("ahead", longest, -1.0)
+        if upper_bound(nearer, seen["raw"][0], level) >= 0:
+            for tree, steps in enumerate(averages[:-1]):
                 look(f"ema {steps}", tree, 1.0)
-            return known, starts
-        while far <= min(config.max_coefficient, 2 ** (len(config.ema_steps) - 1)):
-            further = look(f"ahead {far} times", longest, -float(far))
-            if mean(further) >= mean(best):
+            return seen
+        for doubled in range(1, len(averages)):  # in the place of the shorter averages
+            times = 2**doubled
+            if times > self.config.max_coefficient:
                 break
-            best, far = further, 2 * far
-        return known, starts
+            further = look(f"ahead {times} times", longest, -float(times))
+            if mean(further) >= mean(nearer):
+                break
+            nearer = further
+        return seen

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -31,7 +32,7 @@ def environment(devices: int = 1) -> dict[str, str]:
     """That of a user, with the tests' own encoder within reach and this many CPU devices."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PRIME_", "COV_"))}
     return kept | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "XLA_FLAGS": re.sub(r"device_count=\d+", f"device_count={devices}", os.environ["XLA_FLAGS"]),
         "PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent)]),
         "PRIME_JAX_CACHE": "",
         "JAX_PLATFORMS": "cpu",
