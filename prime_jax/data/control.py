@@ -114,15 +114,17 @@ def in_company(batches: Sequence[Batch], rows: int) -> list[Batch]:
     targets = np.concatenate([batch.target for batch in batches])
     ids = np.concatenate([batch.target_id for batch in batches])
     size = len(batches[0].query)
-    more = max(0, min(rows, len(targets), size + COMPANY) - size)
-    if not more:
+    count = max(0, min(rows, len(targets), size + COMPANY) - size)
+    if not count:
         return list(batches)
     found = []
     for at, batch in enumerate(batches, start=1):
-        others = (at * size + np.arange(more)) % len(targets)
-        named, brought = np.tile(ids[others], (size, 1)), np.tile(targets[others], (size, 1, 1))
+        others = (at * size + np.arange(count)) % len(targets)
+        lent: dict[str, Any] = {
+            "negatives": np.tile(targets[others], (size, 1, 1)),
+            "negative_ids": np.tile(ids[others], (size, 1)),
+        }
         if batch.negatives is not None:
-            named = np.concatenate([batch.negative_ids, named], axis=1)
-            brought = np.concatenate([batch.negatives, brought], axis=1)
-        found.append(batch._replace(negatives=brought, negative_ids=named))
+            lent = {name: np.concatenate([getattr(batch, name), more], axis=1) for name, more in lent.items()}
+        found.append(batch._replace(**lent))
     return found
