@@ -75,11 +75,15 @@ test: $(STAMP_DEV)  ## Run the tests with coverage (at least 85%)
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report term --cov-fail-under 85
 
 # The schema of Triton's configuration comes with NVIDIA's client, whose own requirements are not needed for that.
-consumers: $(STAMP_DEV)  ## Run what uses an exported bundle in an environment without JAX
-	$(PYTHON) -m venv .venv-consumers
+.venv-consumers/.installed: export/requirements.txt constraints.txt
+	@echo "Install what uses an exported bundle, without JAX, into .venv-consumers (a minute the first time)"
+	$(PYTHON) -m venv --clear .venv-consumers
 	.venv-consumers/bin/python -m pip install --quiet -c constraints.txt -r export/requirements.txt
 	.venv-consumers/bin/python -m pip install --quiet --no-deps tritonclient==2.73.0
 	! .venv-consumers/bin/python -c 'import jax' 2>/dev/null
+	@touch $@
+
+consumers: $(STAMP_DEV) .venv-consumers/.installed  ## Run what uses an exported bundle in an environment without JAX
 	PRIME_CONSUMER_PYTHON=$(CURDIR)/.venv-consumers/bin/python $(PY) -m pytest -n 2 --dist loadfile \
 	  tests/export/test_mcs_search.py tests/export/test_export_command.py tests/export/test_trained_run.py
 
