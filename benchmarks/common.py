@@ -15,7 +15,7 @@ from prime_jax.config import read_config
 from prime_jax.models import AnyConfig
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 
-CONFIG = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+CONFIG = Path(__file__).parents[1] / "configs" / "prime_small.yaml"
 
 
 class Asked(NamedTuple):

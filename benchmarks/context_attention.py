@@ -2,7 +2,7 @@
 
     python -m benchmarks.context_attention --data runs/quickstart/data --seeds 0 1 2
 
-Trains the quickstart's configuration once per mode and seed, searches the test split with the predictions,
+Trains configs/prime_small.yaml once per mode and seed, searches the test split with the predictions,
 and compares the modes query by query: scores are averaged over the seeds, whole documents are resampled for
 the intervals. Writes context_attention.json; the data and its embeddings are those of `make quickstart`.
 """
