@@ -9,9 +9,6 @@ loss of the plain run and that of the method, which cost the same: read off its 
 made falling, linear in the logarithm of the length between them. Where a loss is below all of them, T' is the
 longest length and the figure a lower bound; where the losses are nearly flat, small differences are many
 steps, and the losses themselves say more. Losses that differ by less than 0.0001 count as equal.
-
-`--jumps` names files of runs that jump on the way (`hybrid.py --full`), measured with other settings: of them
-only `full` is taken.
 """
 
 import argparse
@@ -246,7 +243,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--jumps", type=Path, nargs="*", default=[], metavar="FILE")
     given = parser.parse_args(argv)
     summary: dict[str, Any] = {}
     for file in given.files:
@@ -258,14 +254,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "others": others(result),
             "stopped": stopped(result),
         }
-    jumps = {}
-    for file in given.jumps:
-        result = read_json(file)
-        names = ("plain", "full", "full saved")
-        jumps[result["task"]] = {
-            cell: {name: row[name] for name in names} for cell, row in saved(result).items()
-        }
-    write_json(given.out / "hybrid_summary.json", {**summary, "jumps, former settings": jumps})
+    write_json(given.out / "hybrid_summary.json", summary)
     plot(summary, given.out / "hybrid.png")
     rows = [
         *table(summary),
