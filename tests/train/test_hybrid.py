@@ -57,6 +57,7 @@ WATCHED = {
     "ensemble": "1",
     "hidden": "8",
     "latent": "2",
+    "seed": "3",  # one of those with which a jump stays
 }
 
 
