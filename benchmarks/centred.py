@@ -3,8 +3,8 @@
     CENTRED_ON=DIR python -m benchmarks.study --data DIR --data.encoder=benchmarks.centred:encoder \
         --data.store=DIR/centred --config configs/recommended.yaml --out FILE.json 'without the mean:'
 
-Removal of the targets' mean (issue "better retrieval"): queries, turns and passages are moved alike, so that
-the plain query and every baseline are of the same space. The mean is that of SAMPLE passages.
+Queries, turns and passages are moved alike, so that the plain query and every baseline are of the same space.
+The mean is that of SAMPLE passages.
 """
 
 import os

@@ -178,9 +178,10 @@ def shared_run(
     found: dict[str, Any] = {str(length): {} for length in branches}
     ending: dict[int, str] = {}  # where a run that keeps nothing arrives with what is left
     losses = []
+    stops = {length: length - taken(run, length) for length in branches}
     for at in range(total):
         for length in branches:
-            if at == length - taken(run, length):
+            if at == stops[length]:
                 ended = run.trainer(seed, replace(settings_for(length), predict=False))
                 ended.init(state)
                 ended.restore(jax.tree.map(jnp.copy, trainer.saved()))

@@ -40,7 +40,7 @@ class HybridSection(Frozen):
     )
     coefficient_gradients: int = Field(default=5, ge=1, description="real gradients of a correction")
     coefficient_rate: float = Field(default=0.1, gt=0, description="step length of a coefficient")
-    max_coefficient: float = Field(default=4.0, gt=0, description="largest absolute coefficient")
+    max_coefficient: float = Field(default=4.0, ge=1, description="largest absolute coefficient")
     control_batches: int = Field(
         default=32, ge=8, description="batches set aside from train that decide what stays"
     )

@@ -22,7 +22,7 @@ class HybridConfig:
         probe_share: Most full steps that jumps during training may cost, as a share of the real ones.
         coefficient_gradients: Real gradients that a correction takes.
         coefficient_rate: Step length of a coefficient; 1 is the whole way to an average.
-        max_coefficient: Largest absolute coefficient.
+        max_coefficient: Largest absolute coefficient, at least 1; the end looks no further ahead.
         control_batches: Batches that decide what stays; many small ones (an eighth of a training batch) tell
             more than few large ones.
         screen_batches: Those of them that choose; the others confirm.
@@ -93,6 +93,7 @@ class HybridConfig:
             "min_full_steps is below one window": self.min_full_steps < self.window,
             "max_full_steps is below min_full_steps": self.max_full_steps < self.min_full_steps,
             "probe_share is no share between 0 and 1": not 0 <= self.probe_share <= 1,
+            "max_coefficient is below 1, the whole way to an average": not self.max_coefficient >= 1,
             "screen_batches is below 4": self.screen_batches < 4,
             "control_batches leaves less than 4 to confirm beside screen_batches": self.control_batches
             < self.screen_batches + 4,
@@ -111,7 +112,6 @@ class HybridConfig:
             "residual_capacity",
             "max_rollbacks",
             "coefficient_rate",
-            "max_coefficient",
             "dynamics_rate",
             "loss_sigma",
             "gradient_factor",

@@ -263,6 +263,8 @@ def test_costs_are_those_of_the_defaults() -> None:
         ({"screen_batches": 8, "control_batches": 11}, "leaves less than 4 to confirm"),
         ({"screen_level": 0.4}, "screen_level is not between 0.5 and 1"),
         ({"screen_level": 1.0}, "screen_level is not between 0.5 and 1"),
+        ({"max_coefficient": 0.5}, "max_coefficient is below 1"),
+        ({"max_coefficient": float("nan")}, "max_coefficient is below 1"),
     ],
 )
 def test_settings_of_the_screen_that_make_no_sense_are_named(wrong: dict[str, Any], said: str) -> None:
