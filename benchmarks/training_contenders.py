@@ -69,7 +69,7 @@ def ours(
     settings = TrainingConfig(learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY, gradient_clip_val=CLIP)
     optimizer, objective = make_optimizer(settings, 1000), Objective(temperature=TEMPERATURE)
     mesh = make_mesh(MeshConfig(), rows, micro_batch)
-    plan = StepPlan(1000, remat, micro_batch)
+    plan = StepPlan(1000, remat, micro_batch, compute_dtype=dtype)
     program = make_train_step(build_graph(config, dtype), optimizer, objective, plan, mesh)
 
     def start() -> Any:

@@ -15,6 +15,7 @@ def smooth_l1(
     return jnp.mean(jnp.where(apart < beta, 0.5 * apart**2 / beta, apart - 0.5 * beta), axis=-1)
 
 
+@jax.named_scope("centroid_logits")
 def centroid_logits(
     predicted: Float[Array, "B E"], centroids: Float[Array, "C E"], temperature: float
 ) -> Float[Array, "B C"]:

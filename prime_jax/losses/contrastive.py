@@ -66,6 +66,7 @@ def info_nce(
     return whole
 
 
+@jax.named_scope("info_nce")
 def _info_nce(
     predicted: Float[Array, "b E"],
     batch: Batch,
@@ -93,6 +94,7 @@ def _info_nce(
     return InfoNCE(loss=loss, negatives=jnp.sum(wrong, axis=1))
 
 
+@jax.named_scope("info_nce")
 def mean_over_answers(
     predicted: Float[Array, "b E"], batch: Batch, wrong: Float[Array, " b"]
 ) -> Float[Array, " b"]:

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from prime_jax.losses.contrastive import InfoNCE, mean_over_answers
 from prime_jax.nn.attention import MASKED
-from prime_jax.nn.linear import product, unit
+from prime_jax.nn.linear import einsum_accumulate_f32, unit
 from prime_jax.types import Batch
 
 
@@ -82,7 +82,8 @@ def corpus_info_nce(
     predicted = unit(predicted) / temperature
     wrong = _log_sum_exp(predicted, corpus, batch.positive_ids)
     if batch.positives is None:
-        right = jnp.einsum("be,be->b", predicted, unit(batch.target))
+        with jax.named_scope("info_nce"):
+            right = jnp.einsum("be,be->b", predicted, unit(batch.target))
         loss = jnp.logaddexp(right, wrong) - right
     else:
         loss = mean_over_answers(predicted, batch, wrong)
@@ -128,7 +129,8 @@ def _backward(kept: tuple[Any, ...], slope: Float[Array, " B"]) -> tuple[Array, 
     ) -> Array:
         def add(mean: Array, chunk: tuple[Array, Array]) -> tuple[Array, None]:
             part = jnp.exp(_logits(queries, *chunk, corpus.rows, left_out) - answer[:, None])
-            return mean + product("bm,me->be", part, chunk[1], jnp.float32), None
+            with jax.named_scope("corpus_info_nce"):
+                return mean + einsum_accumulate_f32("bm,me->be", part, chunk[1], jnp.float32), None
 
         mean, _ = jax.lax.scan(add, jnp.zeros_like(queries), (starts, chunks))
         return jax.lax.psum(mean, axes) if axes else mean
@@ -159,6 +161,7 @@ def _shared_out(share: Callable[..., Array], corpus: Corpus) -> Callable[..., Ar
     return on_devices
 
 
+@jax.named_scope("corpus_info_nce")
 def _logits(
     queries: Float[Array, "B E"],
     start: Int[Array, ""],
@@ -168,7 +171,7 @@ def _logits(
 ) -> Float[Array, "B m"]:
     """Scores of one chunk's passages; those left out, and what only fills the last chunk, at nothing."""
     size = chunk.shape[0]
-    scores = product("be,me->bm", queries, chunk, jnp.float32)
+    scores = einsum_accumulate_f32("be,me->bm", queries, chunk, jnp.float32)
     scores = jnp.where(start + jnp.arange(size) < rows, scores, MASKED)
     # A negative column would count from the end, so everything before this chunk is sent past its end.
     column = jnp.where(left_out >= start, left_out - start, size)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from prime_jax.nn.linear import product
+from prime_jax.nn.linear import einsum_accumulate_f32
 from prime_jax.types import Batch
 
 
@@ -22,6 +22,7 @@ def project(
     """
 
     def through(vectors: Float[Array, "*a E"]) -> Float[Array, "*a P"]:
-        return product("...e,ep->...p", vectors, projection, jnp.float32)
+        with jax.named_scope("projection"):
+            return einsum_accumulate_f32("...e,ep->...p", vectors, projection, jnp.float32)
 
     return through(predicted), batch.map_targets(through)

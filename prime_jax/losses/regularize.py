@@ -5,6 +5,7 @@ Gamma is 1 as published, so features must be standardised; unit vectors are scal
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -42,6 +43,7 @@ def variance_hinge(x: Float[Array, "B F"], gamma: float = 1.0) -> Float[Array, "
     return jnp.mean(jnp.maximum(0.0, gamma - deviation))
 
 
+@jax.named_scope("covariance")
 def off_diagonal_covariance(x: Float[Array, "B F"]) -> Float[Array, ""]:
     """Sum of the squared covariances of different coordinates over their number F; 0 for a single row."""
     if x.shape[0] < 2:

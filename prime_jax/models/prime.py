@@ -183,7 +183,8 @@ class EmbeddingPredictor(nnx.Module):
             return unit(delta)
         base, delta = query, self.residual_gate[...] * delta
         if self.config.copies_turns:
-            content = turns @ self.copy_content[...]
+            with jax.named_scope("mixed_turns"):
+                content = turns @ self.copy_content[...]
             mix = mixed_turns(context, context_mask, self.copy_age[...], content)
             base = query + mix
             if self.config.residual == "linear":

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
+@jax.named_scope("mixed_turns")
 def mixed_turns(
     context: Float[Array, "B N D"],
     context_mask: Bool[Array, "B N"],

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 
 from prime_jax.models.jasper import SteeredConfig, SteeredModel, keys_from, steering_of
 from prime_jax.models.residual import capped
-from prime_jax.nn.linear import Linear, product, unit
+from prime_jax.nn.linear import Linear, einsum_accumulate_f32, unit
 from prime_jax.nn.mlp import MLP
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.router import AtInference, gumbel_softmax, gumbel_temperature, routing_weights
@@ -137,7 +137,8 @@ class DecomposedJasperPredictor(SteeredModel):
             temperature = gumbel_temperature(progress, config.gumbel_start, config.gumbel_end)
             routing = gumbel_softmax(logits, temperature, keys[1], straight_through=config.straight_through)
         centroids = jax.lax.stop_gradient(self.centroids[...])
-        coarse = product("bk,ke->be", routing, centroids, jnp.float32)
+        with jax.named_scope("coarse"):
+            coarse = einsum_accumulate_f32("bk,ke->be", routing, centroids, jnp.float32)
         parts = [
             self.question_encoder(question, keys[2]),
             self.steering_encoder(steering, keys[3]),

@@ -6,7 +6,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
-from prime_jax.nn.linear import Linear, affine, dropout, product
+from prime_jax.nn.linear import Linear, affine, dropped_out, einsum_accumulate_f32, keep_mask
+from prime_jax.nn.remat import keeping_inputs
 
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
 
@@ -32,11 +33,16 @@ def attend(
         rate: Dropout of the attention weights.
         key: Dropout key; None means no dropout.
     """
-    logits = product("bqhd,bkhd->bhqk", queries, keys, dtype) / jnp.sqrt(jnp.float32(queries.shape[-1]))
-    logits = jnp.where(mask[:, None], logits, MASKED)
-    weights = dropout(jax.nn.softmax(logits, axis=-1), rate, key)
-    mixed = product("bhqk,bkhd->bqhd", weights, values, dtype)
-    return mixed.reshape(*mixed.shape[:2], -1)
+    logits = einsum_accumulate_f32("bqhd,bkhd->bhqk", queries, keys, dtype)
+    scale = jnp.sqrt(jnp.float32(queries.shape[-1]))
+
+    def normalise(logits: Array, mask: Array, kept: Array | None) -> Array:
+        weights = jax.nn.softmax(jnp.where(mask[:, None], logits / scale, MASKED), axis=-1)
+        return dropped_out(weights, rate, kept)
+
+    weights = keeping_inputs(normalise, dtype)(logits, mask, keep_mask(logits.shape, rate, key))
+    mixed = einsum_accumulate_f32("bhqk,bkhd->bqhd", weights, values, dtype, dtype)
+    return mixed.reshape(*mixed.shape[:2], -1).astype(jnp.float32)
 
 
 def split_heads(x: Float[Array, "B S H"], num_heads: int) -> Float[Array, "B S heads head_dim"]:
@@ -51,8 +57,8 @@ class SelfAttention(nnx.Module):
     """
 
     def __init__(self, hidden_dim: int, num_heads: int, rate: float, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.in_proj = Linear(hidden_dim, 3 * hidden_dim, dtype=dtype, rngs=rngs)
-        self.out_proj = Linear(hidden_dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.in_proj = Linear(hidden_dim, 3 * hidden_dim, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(hidden_dim, hidden_dim, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.hidden_dim = hidden_dim
         self.num_heads = num_heads
         self.rate = rate
@@ -84,4 +90,5 @@ class SelfAttention(nnx.Module):
 
     def _project(self, x: Float[Array, "B S H"], part: int) -> Float[Array, "B S H"]:
         columns = slice(part * self.hidden_dim, (part + 1) * self.hidden_dim)
-        return affine(x, self.in_proj.kernel[...][:, columns], self.in_proj.bias[...][columns], self.dtype)
+        kernel, bias = self.in_proj.kernel[...][:, columns], self.in_proj.bias[...][columns]
+        return affine(x, kernel, bias, self.dtype, self.dtype)

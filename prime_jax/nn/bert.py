@@ -17,8 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.attention import MASKED
-from prime_jax.nn.linear import Linear, product, unit
-from prime_jax.nn.remat import Remat, rematerialised
+from prime_jax.nn.linear import Linear, einsum_accumulate_f32, unit
+from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 
 Pooling = Literal["mean", "cls"]
 
@@ -95,20 +95,20 @@ class BertLayer(nnx.Module):
 
     def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
         hidden = config.hidden_size
-        self.qkv = Linear(hidden, 3 * hidden, dtype=dtype, rngs=rngs)
-        self.attention_out = Linear(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(hidden, 3 * hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.attention_out = Linear(hidden, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.attention_norm = _layer_norm(config, rngs)
-        self.mlp_in = Linear(hidden, config.intermediate_size, dtype=dtype, rngs=rngs)
-        self.mlp_out = Linear(config.intermediate_size, hidden, dtype=dtype, rngs=rngs)
+        self.mlp_in = Linear(hidden, config.intermediate_size, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_out = Linear(config.intermediate_size, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.mlp_norm = _layer_norm(config, rngs)
         self.num_heads = config.num_attention_heads
         self.dtype = dtype
 
     def __call__(self, x: Float[Array, "B S H"], mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
         """Transform the tokens `x`; padded ones (mask False) are seen by nobody."""
-        x = self.attention_norm(x + self.attention_out(self._attend(x, mask)))
-        inner = jax.nn.gelu(self.mlp_in(x), approximate=False)
-        out: Array = self.mlp_norm(x + self.mlp_out(inner))
+        x = keeping_inputs(self.attention_norm, self.dtype)(x + self.attention_out(self._attend(x, mask)))
+        inner = keeping_inputs(_gelu, self.dtype)(self.mlp_in.product(x), self.mlp_in.bias[...])
+        out: Array = keeping_inputs(self.mlp_norm, self.dtype)(x + self.mlp_out(inner))
         return out
 
     def _attend(self, x: Float[Array, "B S H"], mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
@@ -120,10 +120,9 @@ class BertLayer(nnx.Module):
         head_dim = hidden // self.num_heads
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, head_dim)
         queries, keys, values = jnp.moveaxis(qkv, (2, 3), (0, 2))
-        logits = product("bhqd,bhkd->bhqk", queries * head_dim**-0.5, keys, self.dtype)
-        logits = jnp.where(mask[:, None, None, :], logits, MASKED)
-        weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
-        mixed = product("bhqk,bhkd->bhqd", weights, values, self.dtype)
+        logits = einsum_accumulate_f32("bhqd,bhkd->bhqk", queries * head_dim**-0.5, keys, self.dtype)
+        weights = keeping_inputs(_exponentials, self.dtype)(logits, mask)
+        mixed = einsum_accumulate_f32("bhqk,bhkd->bhqd", weights, values, self.dtype)
         mixed = mixed / weights.sum(axis=-1, keepdims=True)
         return jnp.moveaxis(mixed, 1, 2).reshape(batch, tokens, hidden)
 
@@ -190,6 +189,18 @@ def pool(hidden: Float[Array, "B S H"], mask: Bool[Array, "B S"], pooling: Pooli
         pooled = jnp.sum(jnp.where(mask[..., None], hidden, 0.0), axis=1)
         pooled = pooled / jnp.maximum(mask.sum(axis=1, keepdims=True), 1).astype(jnp.float32)
     return unit(pooled)
+
+
+def _gelu(product: Float[Array, "B S I"], bias: Float[Array, " I"]) -> Float[Array, "B S I"]:
+    return jax.nn.gelu(product.astype(jnp.float32) + bias, approximate=False)
+
+
+def _exponentials(
+    logits: Float[Array, "B heads S S"], mask: Bool[Array, "B S"]
+) -> Float[Array, "B heads S S"]:
+    """The numerators of a softmax over the tokens that are real."""
+    logits = jnp.where(mask[:, None, None, :], logits, MASKED)
+    return jnp.exp(logits - logits.max(axis=-1, keepdims=True))
 
 
 def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -7,7 +7,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from prime_jax.nn.attention import SelfAttention
-from prime_jax.nn.linear import Linear, dropout
+from prime_jax.nn.linear import Linear, dropout, dropped_out, keep_mask
+from prime_jax.nn.remat import keeping_inputs
 
 NORM_EPSILON = 1e-5  # torch's default, so that exported weights mean the same there
 
@@ -32,9 +33,10 @@ class PredictorTransformerBlock(nnx.Module):
         self.norm1 = layer_norm(hidden_dim, rngs)
         self.attention = SelfAttention(hidden_dim, num_heads, dropout, dtype=dtype, rngs=rngs)
         self.norm2 = layer_norm(hidden_dim, rngs)
-        self.mlp_in = Linear(hidden_dim, 4 * hidden_dim, dtype=dtype, rngs=rngs)
-        self.mlp_out = Linear(4 * hidden_dim, hidden_dim, dtype=dtype, rngs=rngs)
+        self.mlp_in = Linear(hidden_dim, 4 * hidden_dim, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_out = Linear(4 * hidden_dim, hidden_dim, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.rate = dropout
+        self.dtype = dtype
 
     def __call__(
         self,
@@ -54,6 +56,16 @@ class PredictorTransformerBlock(nnx.Module):
         """
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
         residual = x if rows is None else x[:, :rows]
-        residual = residual + self.attention(self.norm1(x), mask, rows=rows, key=keys[0])
-        inner = dropout(jax.nn.gelu(self.mlp_in(self.norm2(residual)), approximate=False), self.rate, keys[1])
+        normed = keeping_inputs(self.norm1, self.dtype)(x)
+        residual = residual + self.attention(normed, mask, rows=rows, key=keys[0])
+        expanded = self.mlp_in.product(keeping_inputs(self.norm2, self.dtype)(residual))
+        inner = keeping_inputs(self._activate, self.dtype)(
+            expanded, self.mlp_in.bias[...], keep_mask(expanded.shape, self.rate, keys[1])
+        )
         return residual + dropout(self.mlp_out(inner), self.rate, keys[2])
+
+    def _activate(
+        self, x: Float[Array, "B R I"], bias: Float[Array, " I"], mask: Bool[Array, "B R I"] | None
+    ) -> Float[Array, "B R I"]:
+        """Exact GELU of `x + bias`, and dropout; in float32."""
+        return dropped_out(jax.nn.gelu(x.astype(jnp.float32) + bias, approximate=False), self.rate, mask)

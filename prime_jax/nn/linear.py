@@ -1,41 +1,124 @@
 """Affine maps and dropout as the predictors use them.
 
-Products run in the compute dtype and accumulate in float32; everything between them stays float32. On CPUs
-this is what makes bfloat16 pay at all, and it keeps norms, softmax and GELU exact in every dtype.
+Products run in the compute dtype and accumulate in float32, forward and backward; norms, softmax and GELU
+between them are float32. On CPUs this is what makes bfloat16 pay at all.
 """
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 
-def product(equation: str, left: Array, right: Array, dtype: DTypeLike) -> Array:
-    """`einsum` of two arrays cast to `dtype`, accumulated and returned in float32.
+def einsum_accumulate_f32(
+    equation: str, left: Array, right: Array, dtype: DTypeLike, result_dtype: DTypeLike = jnp.float32
+) -> Array:
+    """`einsum` of two arrays rounded to `dtype`, accumulated in float32, forward and backward.
 
-    float32 means float32 on GPUs too, where the default would round the factors to TF32.
+    The gradient that comes in is rounded to `dtype` as well, so that its two products run at the rate of
+    `dtype` and not at that of float32. With `dtype` float32 nothing is rounded, on GPUs neither, where the
+    default would round to TF32.
+
+    Args:
+        equation: Such as "mi,io->mo". Below float32 without an ellipsis and without a letter that one factor
+            alone has, so that a factor's gradient is the einsum of the other with the result's gradient.
+        left: First factor; where it is a float32 activation its gradient is stored in `result_dtype`.
+        right: Second factor, a weight or an activation; its gradient has float32 precision.
+        dtype: Compute dtype of the factors.
+        result_dtype: What the result is stored in. float32 keeps all that was accumulated; `dtype` halves
+            the memory traffic of large activations.
     """
-    return jnp.einsum(
-        equation,
-        left.astype(dtype),
-        right.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    if jnp.dtype(dtype) == jnp.float32:
+        return _einsum(equation, left.astype(jnp.float32), right.astype(jnp.float32), jnp.float32)
+    return _rounded_einsum(equation, left, right, jnp.dtype(dtype), jnp.dtype(result_dtype))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3, 4))
+def _rounded_einsum(
+    equation: str, left: Array, right: Array, dtype: np.dtype, result_dtype: np.dtype
+) -> Array:
+    return _einsum(equation, left.astype(dtype), right.astype(dtype), result_dtype)
+
+
+def _rounded_forward(
+    equation: str, left: Array, right: Array, dtype: np.dtype, result_dtype: np.dtype
+) -> tuple[Array, tuple[Any, ...]]:
+    rounded = left.astype(dtype), right.astype(dtype)
+    like = jnp.zeros((), left.dtype), jnp.zeros((), right.dtype)  # the dtypes their gradients must have
+    return _einsum(equation, *rounded, result_dtype), (*rounded, *like)
+
+
+def _rounded_backward(
+    equation: str,
+    dtype: np.dtype,
+    result_dtype: np.dtype,
+    residuals: tuple[Any, ...],
+    gradient: Array,
+) -> tuple[Array, Array]:
+    left, right, like_left, like_right = residuals
+    factors, result = equation.split("->")
+    of_left, of_right = factors.split(",")
+    rounded = gradient.astype(dtype)
+    to_left = _einsum(f"{result},{of_right}->{of_left}", rounded, right, result_dtype)
+    to_right = _einsum(f"{of_left},{result}->{of_right}", left, rounded, jnp.float32)
+    return to_left.astype(like_left.dtype), to_right.astype(like_right.dtype)
+
+
+_rounded_einsum.defvjp(_rounded_forward, _rounded_backward)
+
+
+def _einsum(equation: str, left: Array, right: Array, result_dtype: DTypeLike) -> Array:
+    """`einsum` of two factors that are in the compute dtype already."""
+
+    def multiply(left: Array, right: Array) -> Array:
+        return jnp.einsum(
+            equation, left, right, precision=jax.lax.Precision.HIGHEST, preferred_element_type=result_dtype
+        )
+
+    def in_float32(left: Array, right: Array) -> Array:
+        return multiply(left.astype(jnp.float32), right.astype(jnp.float32)).astype(result_dtype)
+
+    factors, result = equation.split("->")
+    batched = set.intersection(*map(set, (*factors.split(","), result))) - {"."}
+    if left.dtype == jnp.float32 or not batched:
+        return multiply(left, right)
+    # XLA:CPU has no bfloat16 kernel for some products with batch axes; the same numbers, as float32.
+    return jax.lax.platform_dependent(left, right, cpu=in_float32, default=multiply)
+
+
+def multiply(
+    x: Float[Array, "*a I"],
+    kernel: Float[Array, "I O"],
+    dtype: DTypeLike,
+    result_dtype: DTypeLike = jnp.float32,
+) -> Float[Array, "*a O"]:
+    """`x @ kernel` by `einsum_accumulate_f32`, in `result_dtype`."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return jnp.matmul(
+            x.astype(jnp.float32),
+            kernel.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+    flat = einsum_accumulate_f32("mi,io->mo", x.reshape(-1, x.shape[-1]), kernel, dtype, result_dtype)
+    return flat.reshape(*x.shape[:-1], kernel.shape[1])
 
 
 def affine(
-    x: Float[Array, "*a I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"], dtype: DTypeLike
+    x: Float[Array, "*a I"],
+    kernel: Float[Array, "I O"],
+    bias: Float[Array, " O"],
+    dtype: DTypeLike,
+    result_dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "*a O"]:
-    """`x @ kernel + bias`, float32 out."""
-    multiplied = jnp.matmul(
-        x.astype(dtype),
-        kernel.astype(dtype),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return multiplied + bias.astype(jnp.float32)
+    """`x @ kernel + bias`, float32 out; the product is stored in `result_dtype` before the bias is added."""
+    product = multiply(x, kernel, dtype, result_dtype)
+    return product.astype(jnp.float32) + bias.astype(jnp.float32)
 
 
 def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
@@ -44,13 +127,24 @@ def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     An element is decided by 16 random bits, half of what `jax.random.bernoulli` draws: on CPUs drawing them
     takes a fifth of a training step. The rate is thus rounded to a 65,536th, and the scale with it.
     """
+    return dropped_out(x, rate, keep_mask(x.shape, rate, key))
+
+
+def keep_mask(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | None) -> Bool[Array, "*a"] | None:
+    """Which elements dropout keeps; None for all of them."""
     if key is None or rate == 0.0:
+        return None
+    width = shape[-1]
+    words = jax.random.bits(key, (*shape[:-1], -(-width // 2)), jnp.uint32)
+    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*shape[:-1], -1)[..., :width]
+    return halves >= round(rate * 2**16)
+
+
+def dropped_out(x: Array, rate: float, mask: Bool[Array, "*a"] | None) -> Array:
+    """What dropout leaves of `x`, scaled so that the mean stays."""
+    if mask is None:
         return x
-    dropped = round(rate * 2**16)
-    width = x.shape[-1]
-    words = jax.random.bits(key, (*x.shape[:-1], -(-width // 2)), jnp.uint32)
-    halves = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(*x.shape[:-1], -1)[..., :width]
-    return jnp.where(halves >= dropped, x * (2**16 / (2**16 - dropped)), 0.0)
+    return jnp.where(mask, x * (2**16 / (2**16 - round(rate * 2**16))), 0.0)
 
 
 def unit(x: Float[Array, "*a E"]) -> Float[Array, "*a E"]:
@@ -60,25 +154,59 @@ def unit(x: Float[Array, "*a E"]) -> Float[Array, "*a E"]:
 
 
 class Linear(nnx.Module):
-    """An affine map with Xavier-uniform kernel `[I, O]` and zero bias `[O]`."""
+    """An affine map with Xavier-uniform kernel `[I, O]` and zero bias `[O]`.
 
-    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    Args:
+        inputs: I.
+        outputs: O.
+        dtype: Compute dtype of the product.
+        result_dtype: What the product is stored in before the bias is added; None for float32.
+        rngs: Source of the initial weights.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: DTypeLike,
+        result_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
         self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs)))
         self.bias = nnx.Param(jnp.zeros(outputs))
         self.dtype = dtype
-
-    def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
-        """Map the last axis."""
-        return affine(x, self.kernel[...], self.bias[...], self.dtype)
-
-
-class Projection(nnx.Module):
-    """A linear map without bias: Xavier-uniform kernel `[I, O]`."""
-
-    def __init__(self, inputs: int, outputs: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
-        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs)))
-        self.dtype = dtype
+        self.result_dtype = jnp.float32 if result_dtype is None else result_dtype
 
     def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
         """Map the last axis; float32 out."""
-        return product("...i,io->...o", x, self.kernel[...], self.dtype)
+        return affine(x, self.kernel[...], self.bias[...], self.dtype, self.result_dtype)
+
+    def product(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
+        """The map without its bias, as it is stored."""
+        return multiply(x, self.kernel[...], self.dtype, self.result_dtype)
+
+
+class Projection(nnx.Module):
+    """A linear map without bias: kernel `[I, O]`, otherwise as `Linear`."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: DTypeLike,
+        result_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs)))
+        self.dtype = dtype
+        self.result_dtype = jnp.float32 if result_dtype is None else result_dtype
+
+    def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
+        """Map the last axis; float32 out."""
+        return self.product(x).astype(jnp.float32)
+
+    def product(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
+        """The map as it is stored."""
+        return multiply(x, self.kernel[...], self.dtype, self.result_dtype)

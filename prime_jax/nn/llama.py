@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from prime_jax.nn.attention import attend, split_heads
 from prime_jax.nn.linear import Projection, dropout
+from prime_jax.nn.remat import keeping_inputs
 from prime_jax.nn.rotary import Rotation, rotate
 
 
@@ -66,6 +67,10 @@ class RMSNorm(nnx.Module):
         return rms_normalised(x, self.scale[...], self.epsilon)
 
 
+def _swiglu(gate: Float[Array, "B R I"], up: Float[Array, "B R I"]) -> Float[Array, "B R I"]:
+    return jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+
+
 class LlamaBlock(nnx.Module):
     """Pre-norm block: `x + attention(norm1(x))`, then `x + down(silu(gate(norm2(x))) * up(norm2(x)))`.
 
@@ -80,14 +85,14 @@ class LlamaBlock(nnx.Module):
         hidden, asking = shape.hidden_dim, shape.num_heads * shape.head_dim
         asked = shape.num_kv_heads * shape.head_dim
         self.norm1 = RMSNorm(hidden, shape.norm_eps)
-        self.q_proj = Projection(hidden, asking, dtype=dtype, rngs=rngs)
-        self.k_proj = Projection(hidden, asked, dtype=dtype, rngs=rngs)
-        self.v_proj = Projection(hidden, asked, dtype=dtype, rngs=rngs)
-        self.o_proj = Projection(asking, hidden, dtype=dtype, rngs=rngs)
+        self.q_proj = Projection(hidden, asking, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.k_proj = Projection(hidden, asked, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.v_proj = Projection(hidden, asked, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.o_proj = Projection(asking, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.norm2 = RMSNorm(hidden, shape.norm_eps)
-        self.gate_proj = Projection(hidden, shape.mlp_dim, dtype=dtype, rngs=rngs)
-        self.up_proj = Projection(hidden, shape.mlp_dim, dtype=dtype, rngs=rngs)
-        self.down_proj = Projection(shape.mlp_dim, hidden, dtype=dtype, rngs=rngs)
+        self.gate_proj = Projection(hidden, shape.mlp_dim, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.up_proj = Projection(hidden, shape.mlp_dim, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.down_proj = Projection(shape.mlp_dim, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.num_heads, self.num_kv_heads = shape.num_heads, shape.num_kv_heads
         self.rate = rate
         self.dtype = dtype
@@ -113,7 +118,7 @@ class LlamaBlock(nnx.Module):
         keys = jax.random.split(key, 2) if key is not None else (None, None)
         residual = x if rows is None else x[:, :rows]
         asking = Rotation(*(part[:, :rows] for part in rotation))
-        normed = self.norm1(x)
+        normed = keeping_inputs(self.norm1, self.dtype)(x)
         queries = rotate(split_heads(self.q_proj(normed[:, :rows]), self.num_heads), asking)
         asked = rotate(split_heads(self.k_proj(normed), self.num_kv_heads), rotation)
         values = split_heads(self.v_proj(normed), self.num_kv_heads)
@@ -127,6 +132,8 @@ class LlamaBlock(nnx.Module):
             key=keys[0],
         )
         residual = residual + self.o_proj(mixed)
-        normed = self.norm2(residual)
-        inner = jax.nn.silu(self.gate_proj(normed)) * self.up_proj(normed)
+        normed = keeping_inputs(self.norm2, self.dtype)(residual)
+        inner = keeping_inputs(_swiglu, self.dtype)(
+            self.gate_proj.product(normed), self.up_proj.product(normed)
+        )
         return residual + dropout(self.down_proj(inner), self.rate, keys[1])

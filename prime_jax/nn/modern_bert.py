@@ -17,7 +17,7 @@ from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.attention import attend, split_heads
 from prime_jax.nn.linear import Projection
-from prime_jax.nn.remat import Remat, rematerialised
+from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 from prime_jax.nn.rotary import Rotation, frequencies, rotate
 
 
@@ -122,24 +122,30 @@ class ModernBertLayer(nnx.Module):
         hidden, inner = config.hidden_size, config.intermediate_size
         if not first:
             self.attention_norm = _Norm(hidden, config.norm_eps)
-        self.qkv = Projection(hidden, 3 * hidden, dtype=dtype, rngs=rngs)
-        self.attention_out = Projection(hidden, hidden, dtype=dtype, rngs=rngs)
+        self.qkv = Projection(hidden, 3 * hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.attention_out = Projection(hidden, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.mlp_norm = _Norm(hidden, config.norm_eps)
-        self.mlp_in = Projection(hidden, 2 * inner, dtype=dtype, rngs=rngs)
-        self.mlp_out = Projection(inner, hidden, dtype=dtype, rngs=rngs)
+        self.mlp_in = Projection(hidden, 2 * inner, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_out = Projection(inner, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.num_heads, self.first, self.dtype = config.num_attention_heads, first, dtype
 
     def __call__(
         self, x: Float[Array, "B S H"], mask: Bool[Array, "B S S"], rotation: Rotation
     ) -> Float[Array, "B S H"]:
         """Transform the tokens `x`, each looking where the mask allows."""
-        normed = x if self.first else self.attention_norm(x)
+        normed = x if self.first else keeping_inputs(self.attention_norm, self.dtype)(x)
         parts = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(normed), 3, axis=-1))
         queries, keys, values = parts
         mixed = attend(rotate(queries, rotation), rotate(keys, rotation), values, mask, self.dtype)
         x = x + self.attention_out(mixed)
-        inner, gate = jnp.split(self.mlp_in(self.mlp_norm(x)), 2, axis=-1)
-        return x + self.mlp_out(jax.nn.gelu(inner, approximate=False) * gate)
+        product = self.mlp_in.product(keeping_inputs(self.mlp_norm, self.dtype)(x))
+        return x + self.mlp_out(keeping_inputs(_geglu, self.dtype)(product))
+
+
+def _geglu(product: Float[Array, "B S I"]) -> Float[Array, "B S J"]:
+    """GELU of the first half times the second, float32."""
+    inner, gate = jnp.split(product.astype(jnp.float32), 2, axis=-1)
+    return jax.nn.gelu(inner, approximate=False) * gate
 
 
 class ModernBertModel(nnx.Module):

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 Remat = Literal["none", "blocks", "dots"]
 
@@ -19,3 +21,12 @@ def rematerialised(block: Callable[..., Any], policy: Remat) -> Callable[..., An
     if policy == "dots":
         return jax.checkpoint(block, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
     return jax.checkpoint(block)
+
+
+def keeping_inputs(cheap: Callable[..., Any], dtype: DTypeLike) -> Callable[..., Any]:
+    """What lies between two products (a norm, an activation) for a model that computes in `dtype`.
+
+    In bfloat16 the backward pass keeps the function's inputs alone and computes it anew: activations are
+    written in float32 nowhere, and a GPU is bound by such traffic. float32 keeps what JAX keeps by itself.
+    """
+    return cheap if jnp.dtype(dtype) == jnp.float32 else jax.checkpoint(cheap)

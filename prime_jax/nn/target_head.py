@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32
 
-from prime_jax.nn.linear import product, unit
+from prime_jax.nn.linear import einsum_accumulate_f32, unit
 
 
 def initial_head(dim: int) -> Float[Array, "E E"]:
@@ -18,9 +18,10 @@ def initial_head(dim: int) -> Float[Array, "E E"]:
     return jnp.zeros((dim, dim))
 
 
+@jax.named_scope("target_head")
 def apply_head(kernel: Float[Array, "E E"], targets: Float[Array, "*a E"]) -> Float[Array, "*a E"]:
     """Targets as the head maps them, unit norm, float32."""
-    return unit(targets + product("...i,io->...o", targets, kernel, jnp.float32))
+    return unit(targets + einsum_accumulate_f32("...i,io->...o", targets, kernel, jnp.float32))
 
 
 def ema(average: Array, latest: Array, decay: Float[Array, ""]) -> Array:

@@ -43,7 +43,8 @@ def with_adapters(params: Any, adapters: Any | None) -> Any:
 
     def add(tree: Any, low: Any) -> Any:
         if not isinstance(tree, dict):
-            return tree + jnp.matmul(low["a"], low["b"], precision=jax.lax.Precision.HIGHEST)
+            with jax.named_scope("adapters"):
+                return tree + jnp.matmul(low["a"], low["b"], precision=jax.lax.Precision.HIGHEST)
         return {name: add(below, low[name]) if name in low else below for name, below in tree.items()}
 
     return {**params, LAYERS: add(params[LAYERS], adapters)}

@@ -86,6 +86,7 @@ class TrainingProgram:
             steering.centroids if isinstance(config.model, SubspaceConfig) and steering else None
         )
         self._encoder = encoder
+        dtype = jnp.bfloat16 if settings.mixed_precision else jnp.float32
         plan = StepPlan(
             total_steps=total_steps,
             epoch_steps=epoch_steps,
@@ -96,8 +97,9 @@ class TrainingProgram:
             average_weights=settings.average_weights,
             layers_frozen=layers_frozen(settings),
             encoders=None if encoder is None else encoder_plan(encoder, settings),
+            compute_dtype=dtype,
         )
-        graph = build_graph(config.model, jnp.bfloat16 if settings.mixed_precision else jnp.float32)
+        graph = build_graph(config.model, dtype)
         self._step = make_train_step(graph, self._optimizer, self._objective, plan, self.mesh)
         self._graph = graph
         self._corpus: Corpus | None = None

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 from jaxtyping import Array
 
 from prime_jax.losses import AnyObjective
@@ -47,6 +48,7 @@ class StepPlan:
         epoch_steps: Length of an epoch, for what moves with epochs.
         layers_frozen: Whether the transformer layers get no gradient.
         encoders: How texts are embedded, where encoders are trained.
+        compute_dtype: Dtype of the models' products, in which shared matrices are gathered.
     """
 
     total_steps: int = 1
@@ -58,6 +60,7 @@ class StepPlan:
     epoch_steps: int = 1
     layers_frozen: bool = False
     encoders: EncoderPlan | None = None
+    compute_dtype: DTypeLike = jnp.float32
 
 
 def make_train_step(
@@ -83,7 +86,7 @@ def make_train_step(
     """
 
     def predict(params: Any, inputs: Inputs, key: Array, turned: Array | None, done: Array) -> Prediction:
-        params = whole_weights(params, mesh)
+        params = whole_weights(params, mesh, plan.compute_dtype)
         if plan.layers_frozen:
             params = {**params, MODEL: without_gradient(params[MODEL])}
         answer = partial(
@@ -96,8 +99,11 @@ def make_train_step(
             whole: Prediction = answer(*inputs)
             return whole
         context, query, mask = inputs
-        prediction: Prediction = answer(context @ turned, query @ turned, mask)
-        return prediction._replace(embedding=prediction.embedding @ turned.T)  # targets stay as they are
+        with jax.named_scope("rotation"):
+            context, query = context @ turned, query @ turned
+        prediction: Prediction = answer(context, query, mask)
+        with jax.named_scope("rotation"):  # targets stay as they are
+            return prediction._replace(embedding=prediction.embedding @ turned.T)
 
     def loss_and_gradient(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
@@ -127,7 +133,7 @@ def make_train_step(
                 models, own = apart(params)
                 if plan.encoders is None:
                     return loss(predict(models, inputs, key, turned, done), own)
-                seen = plan.encoders.embed(whole_weights(models, mesh), batch)
+                seen = plan.encoders.embed(whole_weights(models, mesh, plan.compute_dtype), batch)
                 given = (seen.context, seen.query, seen.context_mask)
                 return loss(predict(models, given, key, turned, done), own, seen)
 
@@ -191,9 +197,39 @@ def make_train_step(
     return jax.jit(constrained, donate_argnums=0)
 
 
-def whole_weights(params: Any, mesh: Mesh | None) -> Any:
-    """Weights come together where they are used; gradients go back to their shares."""
-    return params if mesh is None else jax.lax.with_sharding_constraint(params, replicated(mesh))
+def whole_weights(params: Any, mesh: Mesh | None, dtype: DTypeLike = jnp.float32) -> Any:
+    """Weights come together where they are used; gradients go back to their shares in float32.
+
+    Matrices that are used in `dtype` travel in it, which halves the traffic of bfloat16 and changes no bit of
+    what is computed. With adapters they travel in float32, since the sum of both is what is rounded.
+    """
+    if mesh is None:
+        return params
+    place = replicated(mesh)
+    if mesh.shape["fsdp"] == 1 or jnp.dtype(dtype) == jnp.float32 or ADAPTERS in params:
+        return jax.lax.with_sharding_constraint(params, place)
+
+    @jax.custom_vjp
+    def gather_rounded(matrix: Array) -> Array:
+        # As integers, which XLA promotes to float32 on no backend; rounded where the share lies, then gathered.
+        bits = jax.lax.bitcast_convert_type(matrix.astype(dtype), jnp.uint16)
+        bits = jax.lax.with_sharding_constraint(bits, state_shardings(mesh, bits))
+        bits = jax.lax.with_sharding_constraint(bits, place)
+        return jax.lax.bitcast_convert_type(bits, dtype).astype(matrix.dtype)
+
+    def forward(matrix: Array) -> tuple[Array, None]:
+        return gather_rounded(matrix), None
+
+    def backward(_: None, gradient: Array) -> tuple[Array]:
+        return (jax.lax.with_sharding_constraint(gradient, place),)
+
+    gather_rounded.defvjp(forward, backward)
+
+    def gather(path: Any, leaf: Array) -> Array:
+        used_in_products = getattr(path[-1], "key", None) == "kernel" and leaf.ndim == 2
+        return gather_rounded(leaf) if used_in_products else jax.lax.with_sharding_constraint(leaf, place)
+
+    return jax.tree_util.tree_map_with_path(gather, params)
 
 
 def apart(params: Any) -> tuple[Any, Any]:
