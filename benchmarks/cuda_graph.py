@@ -91,7 +91,7 @@ class Replayed:
 def _parts(flat: Tensor, shapes: tuple[Shape, ...]) -> list[Tensor]:
     """Views of one buffer, one for each shape, each contiguous."""
     sizes = [prod(shape) for shape in shapes]
-    return [part.view(shape) for part, shape in zip(flat.split(sizes), shapes, strict=True)]
+    return [part.view(shape) for part, shape in zip(torch.split(flat, sizes), shapes, strict=True)]
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Graph, Tensor]:

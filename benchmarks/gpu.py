@@ -69,11 +69,11 @@ NEEDED = {
     "ir_measures": "tests",
     "matplotlib": "pictures",
 }
-SMALL_ON_CPU = {
+SMALL_ON_CPU = {  # programs that are fast to compile, on no more threads than there are cores
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",  # compiles fast
+    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
 }
 PROBE = """
 import json, sys

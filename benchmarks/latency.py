@@ -38,8 +38,8 @@ from prime_jax.models.state_dict import state_dict
 from prime_jax.progress import console, progress
 
 CALLS = {1: 5, 8: 3, 32: 2, 256: 2}  # in a row, each round
-GPU_CALLS, GPU_UNRECORDED, DEVICE_RUNS = 40, 5, 200  # there a call takes a millisecond
-READY_BY, TIMED_BY = 0.6, 0.9  # shares of --seconds
+GPU_CALLS, GPU_UNRECORDED, DEVICE_RUNS = 25, 5, 200  # there a call takes a millisecond
+READY_BY, TIMED_BY = 0.7, 0.9  # shares of --seconds
 EXACT = ("predict float32", "PyTorch eager float32")  # the first that is there is what cosines are taken to
 PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "onnxruntime")
 
@@ -190,19 +190,16 @@ def main() -> None:
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # the contenders share one device
     gpu = jax.default_backend() == "gpu"
     device = "gpu" if gpu else "cpu"
+    batches: tuple[int, ...] = (1, 8, 32, 256) if gpu else (1, 8, 32)
+    names: tuple[str, ...] = ON_GPU if gpu else ON_CPU
+    rounds = given.rounds
+    config = PredictorConfig(
+        context_attention="causal", hidden_dim=given.hidden_dim, max_context_length=TURNS
+    )
     if given.tiny:
         batches, names, rounds = (1, 8), TINY, 2
         config = PredictorConfig(
             input_dim=64, output_dim=64, hidden_dim=128, num_layers=2, context_attention="causal"
-        )
-    else:
-        batches, names, rounds = (
-            (1, 8, 32, 256) if gpu else (1, 8, 32),
-            ON_GPU if gpu else ON_CPU,
-            given.rounds,
-        )
-        config = PredictorConfig(
-            context_attention="causal", hidden_dim=given.hidden_dim, max_context_length=TURNS
         )
     batches, names = tuple(given.batches or batches), tuple(given.contenders or names)
     if not set(EXACT) & set(names):

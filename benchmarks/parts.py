@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.side_by_side import kill_tree
+from benchmarks.side_by_side import descendants, kill_all, kill_tree
 
 ROOT = Path(__file__).parents[1]
 SPARE_S = 5  # what a part that watches its own time is told to leave
@@ -41,13 +41,18 @@ class Part(NamedTuple):
 
 
 PARTS = (  # by worth
-    Part("latency", "benchmarks.latency", "--out {folder} --seconds {seconds}", 130),
-    Part("training", "benchmarks.training", "--out {folder} --only default_model --seconds {seconds}", 110),
-    Part("search", "benchmarks.search", "--out {file}", 55),
-    Part("cold_start", "benchmarks.cold_start", "--out {file}", 60, shares_programs=False),
-    Part("overhead", "benchmarks.overhead", "--out {file}", 35),
+    Part("latency", "benchmarks.latency", "--out {folder} --rounds 6 --seconds {seconds}", 150),
+    Part(
+        "training",
+        "benchmarks.training",
+        "--out {folder} --only default_model --rounds 6 --seconds {seconds}",
+        120,
+    ),
+    Part("search", "benchmarks.search", "--out {file}", 45),
+    Part("cold_start", "benchmarks.cold_start", "--out {file}", 55, shares_programs=False),
+    Part("overhead", "benchmarks.overhead", "--out {file}", 25),
     Part("kernels", "benchmarks.kernels", "--out {file}", 45),
-    Part("encoders", "benchmarks.encoders", "--out {file}", 50),
+    Part("encoders", "benchmarks.encoders", "--out {file}", 45),
     Part("tests", "benchmarks.gpu_tests", "--out {file}", 60, at_most=60),
 )
 
@@ -125,12 +130,15 @@ def _environment(part: Part, env: dict[str, str]) -> dict[str, str]:
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
     """End a part and all that it started: an interrupt first, so that it can put its temporary files away."""
+    started = []
     if process.poll() is None:
+        started = descendants(process.pid)  # once it has ended, nobody knows whose they were
         with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
             os.killpg(process.pid, signal.SIGINT)
             process.wait(GRACE_S)
     if process.poll() is None:
         kill_tree(process.pid)
+    kill_all(started)
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)  # children that outlived it
     process.wait()

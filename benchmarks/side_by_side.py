@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -148,8 +148,10 @@ def start(
                         waiting.pop(to_come[0]).send("go")
     finally:
         for name, process in processes.items():
-            if name not in ready and process.is_alive() and name not in failed:
-                kill_tree(process.pid)
+            if name not in ready:
+                if process.is_alive() and name not in failed:
+                    kill_tree(process.pid)
+                process.join()
     for name in entries:
         if name not in ready:
             failed.setdefault(name, f"not ready within {seconds or 0:.0f} s")
@@ -177,12 +179,15 @@ def peak_memory() -> dict[str, float]:
 def _without_main() -> Iterator[None]:
     """Keep new processes from importing this one's main module, which costs seconds and is not needed."""
     main = sys.modules["__main__"]
-    hidden = {name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)}
+    hidden: dict[str, Any] = {
+        name: vars(main).pop(name) for name in ("__spec__", "__file__") if name in vars(main)
+    }
     main.__spec__ = None
     try:
         yield
     finally:
-        vars(main).update(hidden)
+        for name, value in hidden.items():
+            setattr(main, name, value)
 
 
 def _ended(process: Any) -> str:
@@ -194,14 +199,24 @@ def _ended(process: Any) -> str:
 
 def kill_tree(pid: int) -> None:
     """Kill a process and all its descendants; those that are gone already do not matter."""
+    kill_all([pid, *descendants(pid)])
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process started, those that they started, and so on."""
     children: dict[int, list[int]] = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             after_name = status.read_text().rpartition(")")[2].split()
             children.setdefault(int(after_name[1]), []).append(int(status.parent.name))
-    found = [pid]
+    found = list(children.get(pid, []))
     for each in found:  # grows while it is walked
         found += children.get(each, [])
-    for each in found:
+    return found
+
+
+def kill_all(pids: Sequence[int]) -> None:
+    """Kill processes; those that are gone already do not matter."""
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(each, signal.SIGKILL)
+            os.kill(pid, signal.SIGKILL)

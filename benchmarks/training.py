@@ -52,7 +52,7 @@ BATCHES = (256, 1024, 4096, 16384, 65536)
 PASSAGES = (10_000, 30_000, 100_000, 300_000, 1_000_000)
 MICRO_BATCH, ROWS = 256, 128
 WARM, IN_A_ROW, TINY_IN_A_ROW = 2, 5, 1
-READY_BY = 0.55  # share of --seconds
+READY_BY = 0.65  # share of --seconds
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch")
 Write = Callable[[dict[str, Any]], None]
 
