@@ -102,15 +102,21 @@ def _bare_program(predictor: Any, inputs: tuple[np.ndarray, np.ndarray], runs: i
     """Seconds of one run of the compiled program that answers such a batch, all of it on the device."""
     import jax
 
-    batch = len(inputs[1])
-    recipe = predictor._choice(batch).recipe
-    program = predictor._program(batch, TURNS, recipe)
-    mask = np.ones(inputs[0].shape[:2], bool)
-    arguments = (predictor._laid_out(recipe.dtype), *jax.device_put((*inputs, mask)))
-    jax.block_until_ready(program(*arguments))
+    batch, mask = len(inputs[1]), np.ones(inputs[0].shape[:2], bool)
+    programs: Any = predictor._programs
+    if isinstance(programs, dict):
+        recipe = predictor._choice(batch).recipe
+        run = predictor._program(batch, TURNS, recipe)
+        arguments = (predictor._laid_out(recipe.dtype), *jax.device_put((*inputs, mask)))
+    else:  # requests are packed
+        program = programs.fixed(batch)
+        packed = program.packing.buffer()
+        program.packing.pack(packed, *inputs, mask)
+        run, arguments = program._run, (jax.device_put(packed), *program._weights)
+    jax.block_until_ready(run(*arguments))
     started = time.perf_counter()
     for _ in range(runs):
-        answer = program(*arguments)
+        answer = run(*arguments)
     jax.block_until_ready(answer)
     return (time.perf_counter() - started) / runs
 

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from benchmarks.common import facts
-from benchmarks.training_contenders import TINY, TINY_ROWS, TURNS, our_step
+from benchmarks.contenders import requests
+from benchmarks.training_contenders import TINY, TINY_ROWS, our_step
 from prime_jax.files import write_json
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.nn.remat import Remat
@@ -56,8 +56,8 @@ def device_events(folder: Path) -> list[Event]:
 
     On a GPU that is what stands in its streams. A CPU has none: there it is the operations of the programs.
     """
-    files = sorted(folder.rglob("*.xplane.pb"))
-    planes = [plane for file in files for plane in jax.profiler.ProfileData.from_file(str(file)).planes]
+    traces = [jax.profiler.ProfileData.from_file(str(file)) for file in sorted(folder.rglob("*.xplane.pb"))]
+    planes = [plane for trace in traces for plane in trace.planes]
     on_gpu = [
         Event(event.name, event.start_ns, event.duration_ns)
         for plane in planes
@@ -147,10 +147,8 @@ def predictions(config: PredictorConfig, batches: Sequence[int]) -> Iterator[tup
     """`predict`, from numpy to numpy, at each batch size, as `auto` computes it."""
     config = config.model_copy(update={"max_batch_size": batches[-1]})
     predictor = Predictor.from_model(config.build(rngs=nnx.Rngs(0)), batch_sizes=batches)
-    random = np.random.default_rng(0)
     for batch in batches:
-        context = random.normal(size=(batch, TURNS, config.input_dim)).astype(np.float32)
-        query = random.normal(size=(batch, config.input_dim)).astype(np.float32)
+        context, query = requests(batch, config.input_dim)
         found = profile(lambda context=context, query=query: predictor.predict(context, query), 20)  # type: ignore[misc]
         yield batch, {"precision": predictor.info()["precision"].get(batch), **found}
 

@@ -48,11 +48,11 @@ PARTS = (  # by worth
         "--out {folder} --only default_model --rounds 6 --seconds {seconds}",
         120,
     ),
-    Part("search", "benchmarks.search", "--out {file}", 45),
+    Part("search", "benchmarks.search", "--out {file} --seconds {seconds}", 45),
     Part("cold_start", "benchmarks.cold_start", "--out {file}", 55, shares_programs=False),
     Part("overhead", "benchmarks.overhead", "--out {file}", 25),
     Part("kernels", "benchmarks.kernels", "--out {file}", 45),
-    Part("encoders", "benchmarks.encoders", "--out {file}", 45),
+    Part("encoders", "benchmarks.encoders", "--out {file} --seconds {seconds}", 45),
     Part("tests", "benchmarks.gpu_tests", "--out {file}", 60, at_most=60),
 )
 

@@ -29,6 +29,7 @@ import jaxtyping
 import pytest
 
 LONGEST = (
+    "test_benchmarks_gpu.py",
     "test_killed.py",
     "test_step.py",
     "test_together.py",

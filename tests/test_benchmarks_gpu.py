@@ -179,9 +179,10 @@ def test_figures_of_an_earlier_run_are_not_taken_for_this_one_s(
 def test_time_that_a_part_leaves_goes_to_those_after_it() -> None:
     """Shares 1, 1 and 2 of 100 s; the last never needs more than 60."""
     three = [Part("a", "a", "", 1), Part("b", "b", "", 1), Part("c", "c", "", 2, at_most=60)]
-    assert gpu.limits(three, 100) == 25
-    assert gpu.limits(three[1:], 90) == 30  # the first took 10
-    assert gpu.limits(three[2:], 70) == 60
+    assert gpu.limit_of_first(three, 100) == 25
+    assert gpu.limit_of_first(three[1:], 90) == 30  # the first took 10
+    assert gpu.limit_of_first(three[2:], 70) == 60
+    assert gpu.limit_of_first(three[2:], 70, tiny=True) == 70
 
 
 def test_a_second_call_goes_on_with_what_is_not_done(
@@ -204,7 +205,9 @@ def test_a_second_call_goes_on_with_what_is_not_done(
     second = json.loads((out / "summary.json").read_text())["parts"]
     assert [part["status"] for part in second.values()] == ["done", "done"]
     assert second["part_done"] == first["part_done"]
-    assert gpu.main(["--tiny", "--again", "--out", str(out)]) == 1
+    assert gpu.main(["--tiny", "--again", "--only", "part_done", "--out", str(out)]) == 1
+    third = json.loads((out / "summary.json").read_text())["parts"]
+    assert [part["status"] for part in third.values()] == ["failed", "done"]
     told["machine"] = {"device": "another"}
     assert gpu.main(["--tiny", "--out", str(out)]) == 2
     assert "holds figures of one with --tiny, this is another" in capsys.readouterr().err

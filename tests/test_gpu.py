@@ -106,7 +106,6 @@ def test_predicting_on_the_gpu_in_every_precision(
     half = Predictor.from_model(model, precision="bfloat16", batch_sizes=())
     assert (half.predict(context, query) * expected).sum(axis=-1).min() > 0.999
     assert half.info()["precision"][ROWS]["dtype"] == "bfloat16"
-    assert half.info()["precision"][ROWS]["why"].startswith("set by hand")
     session = exact.session(ROWS)
     for turn in range(TURNS):
         session.append(context[:, turn])
