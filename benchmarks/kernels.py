@@ -163,6 +163,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given = parser.parse_args(argv)
     config, rows, batches = (TINY, TINY_ROWS, (1, 8)) if given.tiny else (PredictorConfig(), 2048, (1, 256))
     cases: dict[str, Any] = {}
+    machine = facts(*PACKAGES)
 
     def write(name: str, found: dict[str, Any]) -> None:
         cases[name] = found
@@ -177,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "launches": round(figures["launches"]),
                 "most in": longest,
             }
-        write_json(given.out, {**facts(*PACKAGES), "headline": headline, "cases": cases})
+        write_json(given.out, {**machine, "headline": headline, "cases": cases})
 
     size = "tiny" if given.tiny else "206M"
     write(f"training step, {size}, bfloat16, batch {rows}", training(config, rows, "none"))

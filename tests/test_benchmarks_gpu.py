@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu
+from benchmarks.common import facts
 from benchmarks.cuda_graph import Replayed
 from benchmarks.kernels import Event, busy_ns, product_dtypes
 from benchmarks.parts import PARTS, Part, numbers, run_part
@@ -220,6 +221,12 @@ def test_without_a_gpu_it_says_so(
     monkeypatch.setattr(gpu, "machine", lambda env: told)
     assert gpu.main(["--out", str(tmp_path)]) == 2
     assert "JAX finds no GPU here, only a CPU" in capsys.readouterr().err
+
+
+def test_a_missing_package_has_no_version_and_stops_nothing() -> None:
+    told = facts("numpy", "no-such-package-anywhere")
+    assert told["versions"]["numpy"] == np.__version__
+    assert told["versions"]["no-such-package-anywhere"] is None
 
 
 def test_numbers_are_found_wherever_they_stand() -> None:
