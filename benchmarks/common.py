@@ -2,7 +2,8 @@
 
 import os
 import platform
-from importlib.metadata import version
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,12 +48,43 @@ def sample(config: AnyConfig, count: int) -> list[Asked]:
 
 
 def facts(*packages: str) -> dict[str, Any]:
-    """Versions and machine, for the file of results."""
+    """Versions and machine, for the file of results; a package that is not installed has version None."""
     return {
         "prime_jax": __version__,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "machine": {"device": _device(), "cores": os.cpu_count(), "platform": platform.platform()},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: installed_version(name) for name in packages},
+        },
+        "machine": {
+            "device": _device(),
+            "cores": os.cpu_count(),
+            "platform": platform.platform(),
+            **({"driver": driver} if (driver := gpu_driver()) else {}),
+        },
     }
+
+
+def installed_version(package: str) -> str | None:
+    """A package's version, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def gpu_driver() -> str | None:
+    """Version of the NVIDIA driver, None where there is none or it does not answer."""
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return asked.stdout.strip().splitlines()[0] if asked.stdout.strip() else None
 
 
 def _device() -> str:

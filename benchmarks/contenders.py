@@ -1,21 +1,38 @@
 """Those that `latency.py` times, each in its own process, with the same requests and weights.
 
-A contender is a function that gets the folder with the weights and gives back `call(batch) -> embeddings`,
-which takes numpy arrays and returns numpy arrays, as a service would have them.
+A contender is a function that gets the folder with the weights, the batch sizes and `wait` (to be called once
+everything is loaded and before anything compiles), and gives back a `Runner`.
 """
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.side_by_side import Start, peak_memory
+
 Call = Callable[[int], np.ndarray]
+Wait = Callable[[], None]
 TURNS = 10
+
+
+class Runner(NamedTuple):
+    """How a contender is run.
+
+    Attributes:
+        call: `call(batch) -> embeddings`: numpy arrays in, numpy arrays out, as a service would have them.
+        on_device: `on_device(batch, runs)` is the time in seconds of one run of the bare program, its inputs
+            on the device and its answer left there, over `runs` in a row; None where that is not measured.
+    """
+
+    call: Call
+    on_device: Callable[[int, int], float] | None = None
+
+
+Maker = Callable[[Path, tuple[int, ...], Wait], Runner]
 
 
 def requests(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -26,37 +43,33 @@ def requests(batch: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return vectors[:, :TURNS].copy(), vectors[:, TURNS].copy()
 
 
-def serve(name: str, folder: Path, batches: tuple[int, ...], pipe: Connection) -> None:
-    """Run one contender: send its answers, then time as many calls as the parent asks for."""
+def serve(name: str, folder: Path, batches: tuple[int, ...], start: Start) -> None:
+    """Run one contender: send its answers, then do what the parent asks for.
+
+    An order is `("call", batch, times, unrecorded)`: seconds of so many calls after a few that do not count;
+    `("device", batch, runs)`: seconds of a run on the device, or None; or None: the peak memory, and the end.
+    """
     try:
-        call = CONTENDERS[name](folder, batches)
-        answers = {batch: call(batch) for batch in batches}
-    except Exception as unavailable:  # the parent reports it and goes on with the others
-        pipe.send(f"{type(unavailable).__name__}: {str(unavailable).strip().splitlines()[-1][:200]}")
+        runner = CONTENDERS[name](folder, batches, start.wait)
+        answers = {batch: runner.call(batch) for batch in batches}
+    except Exception as unavailable:
+        start.failed(unavailable)
         return
-    pipe.send(answers)
-    while (order := pipe.recv()) is not None:
-        batch, times = order
+    start.ready(answers)
+    while (order := start.pipe.recv()) is not None:
+        kind, batch, times = order[:3]
+        if kind == "device":
+            start.pipe.send(None if runner.on_device is None else runner.on_device(batch, times))
+            continue
+        for _ in range(order[3]):
+            runner.call(batch)
         taken = []
         for _ in range(times):
             started = time.perf_counter()
-            call(batch)
+            runner.call(batch)
             taken.append(time.perf_counter() - started)
-        pipe.send(taken)
-    pipe.send(_memory())
-
-
-def _memory() -> dict[str, float]:
-    """Peak memory of this process so far, in MB; on a GPU that of the device too."""
-    status = Path("/proc/self/status").read_text().splitlines()  # getrusage would count the parent's peak too
-    peak = {"host_mb": next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))}
-    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
-        peak["device_mb"] = sys.modules["torch"].cuda.max_memory_reserved() / 2**20
-    elif "jax" in sys.modules:
-        used = sys.modules["jax"].devices()[0].memory_stats()
-        if used:
-            peak["device_mb"] = used["peak_bytes_in_use"] / 2**20
-    return peak
+        start.pipe.send(taken)
+    start.pipe.send(peak_memory())
 
 
 def _model(folder: Path) -> Any:
@@ -70,23 +83,51 @@ def _model(folder: Path) -> Any:
     return load_state_dict(config, load_file(folder / "model.safetensors"))
 
 
-def _predict(precision: Any, folder: Path, batches: tuple[int, ...]) -> Call:
+def _predict(precision: Any, folder: Path, batches: tuple[int, ...], wait: Wait) -> Runner:
     from prime_jax.predict.predictor import Predictor
 
     model = _model(folder)
     most = max(batches[-1], model.config.max_batch_size)
     model.config = model.config.model_copy(update={"max_batch_size": most})
+    wait()
     predictor = Predictor.from_model(model, precision=precision, batch_sizes=batches)
     inputs = {batch: requests(batch, model.config.input_dim) for batch in batches}
-    return lambda batch: predictor.predict(*inputs[batch])
+    return Runner(
+        lambda batch: predictor.predict(*inputs[batch]),
+        lambda batch, runs: _bare_program(predictor, inputs[batch], runs),
+    )
 
 
-def _session(precision: Any, adds: bool, folder: Path, batches: tuple[int, ...]) -> Call:
+def _bare_program(predictor: Any, inputs: tuple[np.ndarray, np.ndarray], runs: int) -> float:
+    """Seconds of one run of the compiled program that answers such a batch, all of it on the device."""
+    import jax
+
+    batch, mask = len(inputs[1]), np.ones(inputs[0].shape[:2], bool)
+    programs: Any = predictor._programs
+    if isinstance(programs, dict):
+        recipe = predictor._choice(batch).recipe
+        run = predictor._program(batch, TURNS, recipe)
+        arguments = (predictor._laid_out(recipe.dtype), *jax.device_put((*inputs, mask)))
+    else:  # requests are packed
+        program = programs.fixed(batch)
+        packed = program.packing.buffer()
+        program.packing.pack(packed, *inputs, mask)
+        run, arguments = program._run, (jax.device_put(packed), *program._weights)
+    jax.block_until_ready(run(*arguments))
+    started = time.perf_counter()
+    for _ in range(runs):
+        answer = run(*arguments)
+    jax.block_until_ready(answer)
+    return (time.perf_counter() - started) / runs
+
+
+def _session(precision: Any, adds: bool, folder: Path, batches: tuple[int, ...], wait: Wait) -> Runner:
     """A conversation of nine turns; a call adds the tenth and predicts, or predicts with all ten held."""
     from prime_jax.predict.predictor import Predictor
 
     model = _model(folder)
     model.config = model.config.model_copy(update={"use_torch_compile": False})
+    wait()
     predictor = Predictor.from_model(model, precision=precision)
     inputs = {batch: requests(batch, model.config.input_dim) for batch in batches}
     sessions = {}
@@ -104,7 +145,7 @@ def _session(precision: Any, adds: bool, folder: Path, batches: tuple[int, ...])
         session.append(inputs[batch][0][:, -1])
         return session.predict(inputs[batch][1])
 
-    return call
+    return Runner(call)
 
 
 def _forget_the_tenth(session: Any) -> None:
@@ -113,7 +154,7 @@ def _forget_the_tenth(session: Any) -> None:
     session._cached[:] = TURNS - 1
 
 
-def _torch(dtype: str, how: str, folder: Path, batches: tuple[int, ...]) -> Call:
+def _torch(dtype: str, how: str, folder: Path, batches: tuple[int, ...], wait: Wait) -> Runner:
     import os
 
     import torch
@@ -129,50 +170,41 @@ def _torch(dtype: str, how: str, folder: Path, batches: tuple[int, ...]) -> Call
     model.load_state_dict(load_file(folder / "model.safetensors"))
     model = model.eval().to(device, getattr(torch, dtype))
     size = model.config.input_dim
-    if how == "compile":
-        model = torch.compile(model, mode="max-autotune" if device == "cuda" else "default", dynamic=False)
     inputs = {batch: requests(batch, size) for batch in batches}
+    wait()
+    if how == "graph":
+        return _graphed(model, getattr(torch, dtype), inputs)
+    if how != "eager":
+        model = torch.compile(model, mode=how, dynamic=False)
 
-    def eager(batch: int) -> np.ndarray:
+    def call(batch: int) -> np.ndarray:
         with torch.inference_mode():
             tensors = [torch.from_numpy(array).to(device, getattr(torch, dtype)) for array in inputs[batch]]
             answer: np.ndarray = model(*tensors).float().cpu().numpy()
             return answer
 
-    return _graphed(model, dtype, inputs) if how == "graph" else eager
+    return Runner(call)
 
 
-def _graphed(model: Any, dtype: str, inputs: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Call:
+def _graphed(model: Any, dtype: Any, inputs: Mapping[int, tuple[np.ndarray, np.ndarray]]) -> Runner:
     """The eager model captured once for each batch size as a CUDA graph, then replayed."""
     import torch
 
-    held: dict[int, tuple[list[Any], Any, Any]] = {}
-    with torch.inference_mode():
-        for batch, arrays in inputs.items():
-            tensors = [torch.from_numpy(array).to("cuda", getattr(torch, dtype)) for array in arrays]
-            side: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(3):
-                    model(*tensors)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                answer = model(*tensors)
-            held[batch] = tensors, graph, answer
+    from benchmarks.cuda_graph import Replayed, capture
 
-    def call(batch: int) -> np.ndarray:
-        tensors, graph, answer = held[batch]
-        for tensor, array in zip(tensors, inputs[batch], strict=True):
-            tensor.copy_(torch.from_numpy(array))
-        graph.replay()
-        result: np.ndarray = answer.float().cpu().numpy()
-        return result
-
-    return call
+    if not torch.cuda.is_available():
+        raise RuntimeError("a CUDA graph needs an NVIDIA GPU")
+    shapes = {batch: (arrays[0].shape, arrays[1].shape) for batch, arrays in inputs.items()}
+    replayed = {
+        batch: Replayed(model, shape, dtype, torch.device("cuda"), capture) for batch, shape in shapes.items()
+    }
+    return Runner(
+        lambda batch: replayed[batch](*inputs[batch]),
+        lambda batch, runs: replayed[batch].seconds_on_device(runs),
+    )
 
 
-def _onnx(file: str, folder: Path, batches: tuple[int, ...]) -> Call:
+def _onnx(file: str, folder: Path, batches: tuple[int, ...], wait: Wait) -> Runner:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(str(folder / file), providers=["CPUExecutionProvider"])
@@ -181,15 +213,17 @@ def _onnx(file: str, folder: Path, batches: tuple[int, ...]) -> Call:
     for batch in batches:
         context, query = requests(batch, size)
         inputs[batch] = {"context": context, "context_mask": np.ones(context.shape[:2], bool), "query": query}
+    wait()
 
     def call(batch: int) -> np.ndarray:
         answer: np.ndarray = session.run(None, inputs[batch])[0]
         return answer
 
-    return call
+    return Runner(call)
 
 
-CONTENDERS: Mapping[str, Callable[[Path, tuple[int, ...]], Call]] = {
+CONTENDERS: Mapping[str, Maker] = {
+    "predict auto": partial(_predict, "auto"),
     "predict float32": partial(_predict, "float32"),
     "predict bfloat16": partial(_predict, "bfloat16"),
     "session append + predict float32": partial(_session, "float32", True),
@@ -198,13 +232,30 @@ CONTENDERS: Mapping[str, Callable[[Path, tuple[int, ...]], Call]] = {
     "session predict bfloat16": partial(_session, "bfloat16", False),
     "PyTorch eager float32": partial(_torch, "float32", "eager"),
     "PyTorch eager bfloat16": partial(_torch, "bfloat16", "eager"),
-    "torch.compile float32": partial(_torch, "float32", "compile"),
+    "torch.compile float32": partial(_torch, "float32", "default"),
     "ONNX Runtime float32": partial(_onnx, "model.onnx"),
     "ONNX Runtime int8": partial(_onnx, "model.int8.onnx"),
-    "torch.compile bfloat16": partial(_torch, "bfloat16", "compile"),
+    "torch.compile bfloat16": partial(_torch, "bfloat16", "reduce-overhead"),  # with CUDA graphs of its own
+    "torch.compile max-autotune bfloat16": partial(_torch, "bfloat16", "max-autotune"),
     "CUDA-graphed eager bfloat16": partial(_torch, "bfloat16", "graph"),
 }
-ON_CPU = tuple(
-    name for name in CONTENDERS if name not in ("torch.compile bfloat16", "CUDA-graphed eager bfloat16")
+OURS = ("predict", "session")
+NOT_ON_CPU = (
+    "predict auto",
+    "torch.compile bfloat16",
+    "torch.compile max-autotune bfloat16",
+    "CUDA-graphed eager bfloat16",
 )
-ON_GPU = tuple(name for name in CONTENDERS if not name.startswith(("ONNX", "torch.compile float32")))
+ON_CPU = tuple(name for name in CONTENDERS if name not in NOT_ON_CPU)
+ON_GPU = (  # in the order in which ours compile: what all others are measured against stands first
+    "predict auto",
+    "predict bfloat16",
+    "CUDA-graphed eager bfloat16",
+    "PyTorch eager bfloat16",
+    "session append + predict bfloat16",
+    "predict float32",
+    "session predict bfloat16",
+    "torch.compile bfloat16",
+    "PyTorch eager float32",
+)
+TINY = ("predict auto", "session append + predict bfloat16", "PyTorch eager float32")

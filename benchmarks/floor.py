@@ -7,13 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import torch
 from flax import nnx
 
 from prime_jax.models.prime import PredictorConfig
 
 BLOCKS, SIZE = 16, 4096  # a gigabyte of matrices
 BYTES = {"float32": 4, "bfloat16": 2}
+IN_A_ROW = 10  # on a GPU, where starting a program would else be a good part of its time
 
 
 def floor(config: PredictorConfig, batch: int, measured: dict[str, float]) -> dict[str, dict[str, float]]:
@@ -45,26 +45,45 @@ def operations(config: PredictorConfig) -> float:
     return 2.0 * (whole + last + ends)
 
 
-def rates() -> dict[str, float]:
-    """Bytes this device reads per second, the best of three ways, and operations of large products."""
-    blocks = [jnp.full((SIZE, SIZE), float(index)) for index in range(BLOCKS)]
-    gigabyte = sum(block.nbytes for block in blocks)
+def rates(size: int = SIZE) -> dict[str, float]:
+    """Bytes this device moves per second, the best of several ways, and operations of large products.
+
+    Args:
+        size: Side of the matrices; smaller, to try the script.
+    """
+    random = jax.random.key(0)  # not constants: products of zeros or ones run faster than real ones
+    blocks = [jax.random.normal(jax.random.fold_in(random, index), (size, size)) for index in range(BLOCKS)]
+    total = sum(block.nbytes for block in blocks)
     add = jax.jit(lambda blocks: [jnp.sum(block) for block in blocks])
     multiply = jax.jit(lambda blocks, vector: [block @ vector for block in blocks])
-    on = torch.ones(BLOCKS * SIZE * SIZE, device="cuda" if torch.cuda.is_available() else "cpu")
-    found = {
-        "bytes_per_second": gigabyte
-        / min(
-            _fastest(lambda: add(blocks)),
-            _fastest(lambda: multiply(blocks, blocks[0][0])),
-            _fastest(lambda: on.sum().item()),
-        )
-    }
+    seconds = [_fastest(lambda: add(blocks)), _fastest(lambda: multiply(blocks, blocks[0][0]))]
+    if (summed := _torch_sum(total // 4)) is not None:
+        seconds.append(summed)
+    found = {"bytes_per_second": total / min(seconds)}
+    if jax.default_backend() == "gpu":
+        copy = jax.jit(lambda blocks: [block + 1 for block in blocks])  # what is read is also written
+        found["copy_bytes_per_second"] = 2 * total / _fastest(lambda: copy(blocks))
+        found["bytes_per_second"] = max(found["bytes_per_second"], found["copy_bytes_per_second"])
     for dtype in BYTES:
         matrix = blocks[0].astype(dtype)
         taken = min(_fastest(partial(multiply, matrix)) for multiply in (_by_columns, _by_rows))
-        found[f"{dtype}_operations_per_second"] = 2 * SIZE**3 / taken
+        found[f"{dtype}_operations_per_second"] = 2 * size**3 / taken
     return found
+
+
+def _torch_sum(elements: int) -> float | None:
+    """Seconds in which PyTorch reads so many float32 on a CPU; None without it, or on a GPU.
+
+    On a GPU PyTorch would take a part of the device's memory for good.
+    """
+    if jax.default_backend() != "cpu":
+        return None
+    try:
+        import torch
+    except ImportError:
+        return None
+    on = torch.ones(elements)
+    return _fastest(lambda: on.sum().item())
 
 
 @jax.jit
@@ -80,10 +99,13 @@ def _by_rows(matrix: jax.Array) -> jax.Array:
 
 
 def _fastest(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of several runs."""
+    """Seconds of the fastest of several runs; on a GPU several in a row count as one."""
+    in_a_row = 1 if jax.default_backend() == "cpu" else IN_A_ROW
     taken = []
     for _ in range(10):
         started = time.perf_counter()
-        jax.block_until_ready(run())
-        taken.append(time.perf_counter() - started)
+        for _ in range(in_a_row):
+            result = run()
+        jax.block_until_ready(result)
+        taken.append((time.perf_counter() - started) / in_a_row)
     return min(taken[2:])

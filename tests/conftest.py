@@ -29,6 +29,7 @@ import jaxtyping
 import pytest
 
 LONGEST = (
+    "test_benchmarks_gpu.py",
     "test_killed.py",
     "test_step.py",
     "test_together.py",
@@ -50,10 +51,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that take minutes, so that no worker is left alone with one at the end.
 
-    Skip tests marked gpu where there is no GPU.
+    Skip tests marked gpu where there is no GPU, unless PRIME_JAX_GPU_TESTS=cpu asks for a dry run of them.
     """
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
-    if any(device.platform == "gpu" for device in jax.devices()):
+    if any(device.platform == "gpu" for device in jax.devices()) or (
+        os.environ.get("PRIME_JAX_GPU_TESTS") == "cpu"
+    ):
         return
     for item in items:
         if item.get_closest_marker("gpu"):
