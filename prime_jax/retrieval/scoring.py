@@ -46,9 +46,12 @@ def magnitude(values: Any) -> Any:
 
     Taken as integers, for a maximum of floats may pass over NaN, and numpy's of float16 is 50 times slower.
     """
-    if values.dtype == np.float16:
-        return (values.view(np.uint16) & np.uint16(0x7FFF)).max(initial=np.uint16(0))
-    return (values.view(np.uint32) & np.uint32(0x7FFFFFFF)).max(initial=np.uint32(0))
+    half = values.dtype == np.float16
+    signed, unsigned, sign = (np.int16, np.uint16, 0x8000) if half else (np.int32, np.uint32, 0x80000000)
+    positive = values.view(signed).max(initial=signed(0))
+    any_sign = values.view(unsigned).max(initial=unsigned(0))  # a negative one, where there is any
+    xp = np if isinstance(values, np.ndarray) else jnp
+    return xp.maximum(positive.astype(unsigned), any_sign & unsigned(sign - 1))
 
 
 device_magnitude = jax.jit(magnitude)
