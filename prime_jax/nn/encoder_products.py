@@ -5,7 +5,7 @@ have such products (NVIDIA from Ampere on; others compute in float32). `bfloat16
 Sums are float32 in all three.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +20,10 @@ EncoderPrecision = Literal["float32", "tf32", "bfloat16"]
 FUSED_FROM = 64  # tokens: a fused kernel works on blocks of as many, and wastes more of shorter texts
 
 
-def dtype_of(precision: EncoderPrecision) -> DTypeLike:
+def dtype_of(precision: EncoderPrecision) -> np.dtype[Any]:
     """The dtype of a precision's factors."""
-    return np.dtype(jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
+    dtype: np.dtype[Any] = jnp.dtype(jnp.bfloat16 if precision == "bfloat16" else jnp.float32)
+    return dtype
 
 
 def encoder_product(equation: str, left: Array, right: Array, dtype: DTypeLike, tf32: bool) -> Array:

@@ -149,7 +149,7 @@ class ModernBertLayer(nnx.Module):
         parts = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(normed), 3, axis=-1))
         queries, keys, values = parts
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
-        if FUSED_FROM <= x.shape[1] <= self.fused_to:
+        if self.fused_to and FUSED_FROM <= x.shape[1] <= self.fused_to:
             mixed = fused_attention(queries, keys, values, mask[:, 0].sum(axis=1), self.dtype)
         else:
             mixed = attend(queries, keys, values, mask, self.dtype)
