@@ -17,7 +17,6 @@ of another checkout in turns with ours, in its own process. A figure is written 
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.common import facts
 from prime_jax.files import write_json
 from prime_jax.retrieval.topk import ExactIndex, search
 
@@ -135,15 +135,16 @@ class Report:
         write_json(self._path, {"complete": complete, "figures": self.figures, **self._facts})
 
 
-def installed(*packages: str) -> dict[str, str]:
-    """Versions of packages, without those that are not there."""
-    found = {"python": platform.python_version()}
-    for name in packages:
+def installed(*packages: str) -> list[str]:
+    """Those of some packages that are there."""
+
+    def there(name: str) -> bool:
         try:
-            found[name] = version(name)
+            return bool(version(name))
         except PackageNotFoundError:
-            continue
-    return found
+            return False
+
+    return [name for name in packages if there(name)]
 
 
 def compare_with_before(folder: Path, corpus: np.ndarray, queries: np.ndarray, place: Path) -> dict[str, Any]:
@@ -206,9 +207,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "k": K,
             "dtype": given.dtype,
             "tiny": given.tiny,
-            "device": str(jax.devices()[0].device_kind),
-            "cores": len(os.sched_getaffinity(0)),
-            "versions": installed("prime-jax", "jax", "numpy", "torch", "faiss-cpu", "faiss-gpu"),
+            **facts(*installed("jax", "numpy", "torch", "faiss-cpu", "faiss-gpu")),
         },
     )
     corpus = unit_vectors(passages, dim, 0, np.dtype(given.dtype))

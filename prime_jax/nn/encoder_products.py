@@ -5,6 +5,7 @@ have such products (NVIDIA from Ampere on; others compute in float32). `bfloat16
 Sums are float32 in all three.
 """
 
+from functools import cache
 from typing import Any, Literal
 
 import jax
@@ -80,6 +81,7 @@ def fused_attention(
     return mixed.astype(jnp.float32).reshape(*mixed.shape[:2], -1)
 
 
+@cache
 def has_fused_attention(heads: int, head_dim: int) -> bool:
     """Whether this process's GPU computes `fused_attention` of that shape: tried once on a small input."""
     if jax.default_backend() != "gpu":

@@ -137,8 +137,7 @@ class Scopes:
             DataError: If there is not one for each query, or they are of another kind than the corpus' are.
         """
         scope = _scope_array("query", query_scope, queries)
-        kinds = {scope.dtype.kind, self._values.dtype.kind}
-        if not (kinds <= {"i", "u"} or kinds == {"U"}):
+        if (scope.dtype.kind == "U") != (self._values.dtype.kind == "U"):
             raise DataError(
                 f"search: scopes must be integers or strings, both of one kind; "
                 f"they are {scope.dtype} and {self._values.dtype}"
@@ -151,4 +150,6 @@ def _scope_array(name: str, scope: np.ndarray, rows: int) -> np.ndarray:
     scope = np.asarray(scope)
     if scope.shape != (rows,):
         raise DataError(f"search: {name}_scope must have the shape ({rows},), it has {scope.shape}")
+    if scope.dtype.kind not in "iuU":
+        raise DataError(f"search: scopes must be integers or strings; {name}_scope is {scope.dtype}")
     return scope

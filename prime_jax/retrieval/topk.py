@@ -64,8 +64,8 @@ _OTHER = _Kind(False, False, 1024, 65536)
 class _Tile(NamedTuple):
     """Corpus rows `start` to `stop` on the device, with their scopes."""
 
-    start: int
-    stop: int
+    start: jax.Array
+    stop: jax.Array
     rows: jax.Array
     scope: jax.Array | None
 
@@ -152,10 +152,16 @@ class ExactIndex:
         for tile in self._tiles(largest):
             if streamed:  # this tile's copy runs; the one before goes before a third comes
                 jax.block_until_ready(best)
-            place = np.int32(tile.start), np.int32(tile.stop)
             for part, (query, _) in enumerate(asked):
                 best[part] = merge(
-                    *best[part], query, tile.rows, *place, hidden[part], scopes[part], tile.scope
+                    *best[part],
+                    query,
+                    tile.rows,
+                    tile.start,
+                    tile.stop,
+                    hidden[part],
+                    scopes[part],
+                    tile.scope,
                 )
         if not best:
             return np.empty((0, k), np.float32), np.empty((0, k), np.int64)
@@ -203,7 +209,8 @@ class ExactIndex:
             scope = None
             if self._scopes is not None:
                 scope = jax.device_put(pad(self._scopes.codes[start : start + m], m), self._shared)
-            tile = _Tile(start, start + len(rows), jax.device_put(pad(rows, m), self._shared), scope)
+            first, end = (self._put(np.asarray(row, np.int32)) for row in (start, start + len(rows)))
+            tile = _Tile(first, end, jax.device_put(pad(rows, m), self._shared), scope)
             if unchecked is not None:
                 seen = max(seen, self._check(*unchecked, largest_query))
             if not self._kind.host and self._largest is None:

@@ -115,4 +115,4 @@ def test_fused_attention_equals_the_plain_one() -> None:
 def test_a_kernel_that_is_not_there_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not has_fused_attention(2, 8)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # without cuDNN: trying it fails
-    assert not has_fused_attention(2, 8)
+    assert not has_fused_attention(2, 16)
