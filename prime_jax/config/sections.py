@@ -154,6 +154,9 @@ class DataConfig(Frozen):
         default=None, description="embedding store; default: embeddings/ in the data folder"
     )
     encoder: str = Field(default="minilm", description="minilm, a model folder, or module:name of an Encoder")
+    encoder_precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        default="float32", description="of the encoder's products; a store is of one encoder in one precision"
+    )
     query_prefix: str = Field(default="", description="put before queries and turns when encoding")
     passage_prefix: str = Field(default="", description="put before passages when encoding")
     context_from: Literal["data", "search"] = Field(

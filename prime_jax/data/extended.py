@@ -108,17 +108,27 @@ class Extended(EmbeddingStore):
         found = self._store.rows(texts)
         return np.where(found < self.first, found, found + len(self.extra))
 
+    def dtype_of(self, rows: Int[np.ndarray, " M"]) -> DType:
+        """As the store; float32 where some rows are extra ones."""
+        extra = (rows >= self.first) & (rows < self.first + len(self.extra))
+        return "float32" if extra.any() else self._store.dtype
+
     def __getitem__(self, rows: Any) -> Any:
+        return self.gather(rows, np.dtype(np.float32))
+
+    def gather(self, rows: Any, dtype: np.dtype[Any]) -> Any:
+        """As the store."""
         wanted = np.asarray(rows)
         flat = wanted.reshape(-1)
         if wanted.dtype.kind not in "iu" or (flat.size and not 0 <= flat.min() <= flat.max() < len(self)):
             raise DataError(f"{self.folder}: no such rows among 0 to {len(self) - 1}: {wanted}")
         place = flat.astype(np.int64) - self.first
         mine = (place >= 0) & (place < len(self.extra))
-        gathered = np.empty((len(flat), self.dim), np.float32)
+        gathered = np.empty((len(flat), self.dim), dtype)
         gathered[mine] = self.extra[place[mine]]
         own = place[~mine]
-        gathered[~mine] = self._store[self.first + np.where(own < 0, own, own - len(self.extra))]
+        below = self.first + np.where(own < 0, own, own - len(self.extra))
+        gathered[~mine] = self._store.gather(below, dtype)
         return gathered.reshape(*wanted.shape, self.dim)
 
     def add(self, texts: Sequence[str], embeddings: Any) -> None:

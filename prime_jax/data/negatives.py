@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int64
 
 from prime_jax.data.embedded import EMPTY, EmbeddedDataset, EmbeddedSplit
-from prime_jax.retrieval.topk import search
+from prime_jax.retrieval.topk import ExactIndex
 
 MOST = 10
 DEPTH = 100
@@ -59,10 +59,9 @@ def mine_negatives(
     never = [np.concatenate(pair) for pair in zip(split.positives, split.exclude, strict=True)]
     right = _padded(split.positives)
     offers = []
+    index = ExactIndex(corpus, data.corpus_scope)
     for vectors in searches.values():
-        scores, rows = search(
-            vectors, corpus, depth, exclude=never, query_scope=split.scope, corpus_scope=data.corpus_scope
-        )
+        scores, rows = index.search(vectors, depth, exclude=never, query_scope=split.scope)
         wrong = np.zeros(rows.shape, bool)
         for start in range(0, len(rows), ROWS):
             part = slice(start, start + ROWS)

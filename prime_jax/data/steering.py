@@ -29,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
@@ -50,6 +50,7 @@ from prime_jax.data.steered import KIND, STEERING, VARIANTS, pairs_of
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.manifest import MANIFEST, write_manifest
+from prime_jax.nn.encoder_products import EncoderPrecision
 from prime_jax.progress import progress
 from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.vectors import unit
@@ -304,6 +305,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--encoder", default=MINILM, help="minilm, a model folder, or package.module:attribute"
     )
+    parser.add_argument(
+        "--precision", choices=get_args(EncoderPrecision), default="float32", help="of the encoder's products"
+    )
     parser.add_argument("--clusters", type=int, default=CLUSTERS)
     parser.add_argument(
         "--tiers", type=int, nargs=4, default=COUNTS, metavar="N", help="hard negatives: " + ", ".join(TIERS)
@@ -338,7 +342,7 @@ def _build(options: argparse.Namespace) -> Iterator[str]:
     started = time.perf_counter()
     facts = build_steering(
         options.data,
-        load_encoder(options.encoder),
+        load_encoder(options.encoder, options.precision),
         out=options.out,
         clusters=options.clusters,
         tiers=options.tiers,
@@ -365,7 +369,9 @@ def _split(options: argparse.Namespace) -> Iterator[str]:
             raise DataError(f"{options.data / name}.jsonl: is there already; only a train.jsonl is dealt out")
     prefixes = {"query_prefix": options.query_prefix, "passage_prefix": options.passage_prefix}
     _check(options.clusters, options.tiers, options.keywords)
-    dataset, data = _embedded(options.data, load_encoder(options.encoder), options.store, prefixes)
+    dataset, data = _embedded(
+        options.data, load_encoder(options.encoder, options.precision), options.store, prefixes
+    )
     found = cluster_passages(data.corpus(), options.clusters, seed=options.seed)
     labels: Int32[np.ndarray, " n"] = found.assignment[[ids[0] for ids in data.splits["train"].positives]]
     split = split_evenly(dataset.splits["train"], labels, options.shares, seed=options.seed)

@@ -175,6 +175,14 @@ class EmbeddingStore:
         Raises:
             DataError: If a number is not an integer, negative, or not smaller than `len(store)`.
         """
+        return self.gather(rows, np.dtype(np.float32))
+
+    def dtype_of(self, rows: Int[np.ndarray, " M"]) -> DType:
+        """The smallest dtype that holds some rows as they are kept."""
+        return self.dtype
+
+    def gather(self, rows: npt.ArrayLike, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+        """As indexing, in another dtype: `dtype_of` the rows saves a conversion."""
         wanted = np.asarray(rows)
         if wanted.dtype.kind not in "iu":
             raise DataError(f"{self.folder}: row numbers must be integers, not {wanted.dtype}")
@@ -183,7 +191,7 @@ class EmbeddingStore:
                 f"{self.folder}: rows {wanted.min()} to {wanted.max()} wanted, there are 0 to {len(self) - 1}"
             )
         flat = wanted.reshape(-1).astype(np.int64)
-        gathered = np.empty((flat.size, self.dim), np.float32)
+        gathered = np.empty((flat.size, self.dim), dtype)
         shard_of = np.searchsorted(self._starts, flat, side="right") - 1
         for shard in np.unique(shard_of):
             here = shard_of == shard
@@ -272,24 +280,29 @@ class EmbeddingStore:
 
 
 class StoredRows:
-    """Rows of a store as an array `[M, D]` that is read from disk part by part, float32.
+    """Rows of a store as an array `[M, D]` that is read from disk part by part, float32 unless `kept`.
 
     It takes what code that goes through a large array needs: `len`, `shape`, `dtype`, `ndim`, slices and
     arrays of row numbers.
     """
 
-    dtype, ndim = np.dtype(np.float32), 2
+    ndim = 2
 
-    def __init__(self, store: EmbeddingStore, rows: Int[np.ndarray, " M"]):
-        self._store, self._rows = store, rows
+    def __init__(self, store: EmbeddingStore, rows: Int[np.ndarray, " M"], dtype: DType = "float32"):
+        self._store, self._rows, self.dtype = store, rows, np.dtype(dtype)
         self.shape = (len(rows), store.dim)
         self.nbytes = len(rows) * store.dim * self.dtype.itemsize
 
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, wanted: Any) -> npt.NDArray[np.float32]:
-        return self._store[self._rows[wanted]]
+    def __getitem__(self, wanted: Any) -> npt.NDArray[Any]:
+        return self._store.gather(self._rows[wanted], self.dtype)
+
+    @property
+    def kept(self) -> "StoredRows":
+        """The same rows in the dtype that they are kept in."""
+        return StoredRows(self._store, self._rows, self._store.dtype_of(self._rows))
 
 
 def _home(root: Path, identity: str) -> Path:

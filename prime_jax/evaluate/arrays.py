@@ -18,7 +18,7 @@ class Corpus(NamedTuple):
     Attributes:
         embeddings: `[M, E]`, in memory or read in parts.
         scope: Scope of each, `[M]`, where searches are scoped.
-        searcher: What searches them; None compares with every one of them.
+        searcher: What searches them; None reads and compares them anew for each search.
     """
 
     embeddings: Rows

@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float32, Int
 
 from prime_jax.explain.explanation import KnownPair
-from prime_jax.retrieval.topk import search
+from prime_jax.retrieval.topk import ExactIndex
 from prime_jax.retrieval.vectors import unit
 
 
@@ -30,7 +30,7 @@ class KnownPairs:
         source_texts: Sequence[str],
         source_ids: Sequence[str],
     ):
-        self._joined = _joined(questions, sources)
+        self._index = ExactIndex(_joined(questions, sources))
         self._texts = list(zip(question_texts, source_texts, source_ids, strict=True))
 
     def nearest(
@@ -38,7 +38,7 @@ class KnownPairs:
     ) -> list[tuple[KnownPair, ...]]:
         """The `count` pairs with the highest mean of the two cosines, for each question."""
         count = min(count, len(self._texts))
-        scores, rows = search(_joined(questions, predicted), self._joined, count)
+        scores, rows = self._index.search(_joined(questions, predicted), count)
         return [
             tuple(
                 self._pair(int(row), float(score)) for score, row in zip(found, ids, strict=True) if row >= 0

@@ -19,6 +19,7 @@ from prime_jax.export.optional import need
 from prime_jax.predict.predictor import Predictor
 from prime_jax.progress import progress
 from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.topk import ExactIndex
 
 VALIDATION = "dev"
 METRIC = "R@10"
@@ -110,9 +111,10 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
     splits = split_arrays(opened.dataset, opened.embedded, opened.encoder, opened.source, turns=turns)
     passages = opened.embedded.corpus()
     memory = passages if predictor.target_head is None else predictor.map_memory(passages)
+    scope = opened.embedded.corpus_scope
     return Evidence(
         validation=splits[VALIDATION],
-        corpus=Corpus(memory, opened.embedded.corpus_scope),
+        corpus=Corpus(memory, scope, ExactIndex(memory, scope)),
         groups=conversations(opened.dataset.splits[VALIDATION]),
         leak=_leak(predictor, opened, splits, passages, memory),
     )

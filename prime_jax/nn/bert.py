@@ -17,7 +17,8 @@ from jaxtyping import Array, Bool, Float, Int
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.attention import MASKED
-from prime_jax.nn.linear import Linear, einsum_accumulate_f32, unit
+from prime_jax.nn.encoder_products import FUSED_FROM, Tf32Linear, encoder_product, fused_attention
+from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 
 Pooling = Literal["mean", "cls"]
@@ -93,16 +94,17 @@ class BertConfig(Frozen):
 class BertLayer(nnx.Module):
     """Self-attention and MLP, each followed by its residual and LayerNorm (post-norm)."""
 
-    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(self, config: BertConfig, *, dtype: DTypeLike, rngs: nnx.Rngs, tf32: bool, fused: bool):
         hidden = config.hidden_size
-        self.qkv = Linear(hidden, 3 * hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
-        self.attention_out = Linear(hidden, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        linear = Tf32Linear if tf32 else Linear
+        self.qkv = linear(hidden, 3 * hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.attention_out = linear(hidden, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.attention_norm = _layer_norm(config, rngs)
-        self.mlp_in = Linear(hidden, config.intermediate_size, dtype=dtype, result_dtype=dtype, rngs=rngs)
-        self.mlp_out = Linear(config.intermediate_size, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_in = linear(hidden, config.intermediate_size, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_out = linear(config.intermediate_size, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.mlp_norm = _layer_norm(config, rngs)
         self.num_heads = config.num_attention_heads
-        self.dtype = dtype
+        self.dtype, self.tf32, self.fused = dtype, tf32, fused
 
     def __call__(self, x: Float[Array, "B S H"], mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
         """Transform the tokens `x`; padded ones (mask False) are seen by nobody."""
@@ -119,10 +121,13 @@ class BertLayer(nnx.Module):
         batch, tokens, hidden = x.shape
         head_dim = hidden // self.num_heads
         qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, head_dim)
+        if self.fused and tokens >= FUSED_FROM:
+            queries, keys, values = jnp.moveaxis(qkv, 2, 0)
+            return fused_attention(queries, keys, values, mask.sum(axis=1), self.dtype)
         queries, keys, values = jnp.moveaxis(qkv, (2, 3), (0, 2))
-        logits = einsum_accumulate_f32("bhqd,bhkd->bhqk", queries * head_dim**-0.5, keys, self.dtype)
+        logits = encoder_product("bhqd,bhkd->bhqk", queries * head_dim**-0.5, keys, self.dtype, self.tf32)
         weights = keeping_inputs(_exponentials, self.dtype)(logits, mask)
-        mixed = einsum_accumulate_f32("bhqk,bhkd->bhqd", weights, values, self.dtype)
+        mixed = encoder_product("bhqk,bhkd->bhqd", weights, values, self.dtype, self.tf32)
         mixed = mixed / weights.sum(axis=-1, keepdims=True)
         return jnp.moveaxis(mixed, 1, 2).reshape(batch, tokens, hidden)
 
@@ -134,9 +139,19 @@ class BertModel(nnx.Module):
         config: What to build.
         dtype: Compute dtype of the products; they accumulate in float32.
         rngs: Source of the initial weights, which pretrained ones replace.
+        tf32: Whether the factors of float32 products may be rounded to TF32.
+        fused: Whether texts of some length take `fused_attention`; masks then begin with real tokens.
     """
 
-    def __init__(self, config: BertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: BertConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        tf32: bool = False,
+        fused: bool = False,
+    ):
         hidden = config.hidden_size
         self.words = nnx.Embed(config.vocab_size, hidden, rngs=rngs)
         self.positions = nnx.Embed(config.max_position_embeddings, hidden, rngs=rngs)
@@ -144,7 +159,10 @@ class BertModel(nnx.Module):
         self.norm = _layer_norm(config, rngs)
         self.first_position = config.first_position
         self.layers = nnx.List(
-            [BertLayer(config, dtype=dtype, rngs=rngs) for _ in range(config.num_hidden_layers)]
+            [
+                BertLayer(config, dtype=dtype, rngs=rngs, tf32=tf32, fused=fused)
+                for _ in range(config.num_hidden_layers)
+            ]
         )
 
     def __call__(

@@ -180,7 +180,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
         """Map the last axis; float32 out."""
-        return affine(x, self.kernel[...], self.bias[...], self.dtype, self.result_dtype)
+        return self.product(x).astype(jnp.float32) + self.bias[...].astype(jnp.float32)
 
     def product(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
         """The map without its bias, as it is stored."""

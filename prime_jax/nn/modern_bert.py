@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.attention import attend, split_heads
+from prime_jax.nn.encoder_products import FUSED_FROM, Tf32Projection, fused_attention
 from prime_jax.nn.linear import Projection
 from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 from prime_jax.nn.rotary import Rotation, frequencies, rotate
@@ -118,16 +119,27 @@ class _Norm(nnx.Module):
 class ModernBertLayer(nnx.Module):
     """Attention and GeGLU, each after a norm; the first layer has the norm of the embeddings instead."""
 
-    def __init__(self, config: ModernBertConfig, *, first: bool, dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModernBertConfig,
+        *,
+        first: bool,
+        dtype: DTypeLike,
+        rngs: nnx.Rngs,
+        tf32: bool,
+        fused_to: int,
+    ):
         hidden, inner = config.hidden_size, config.intermediate_size
+        projection = Tf32Projection if tf32 else Projection
         if not first:
             self.attention_norm = _Norm(hidden, config.norm_eps)
-        self.qkv = Projection(hidden, 3 * hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
-        self.attention_out = Projection(hidden, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.qkv = projection(hidden, 3 * hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.attention_out = projection(hidden, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.mlp_norm = _Norm(hidden, config.norm_eps)
-        self.mlp_in = Projection(hidden, 2 * inner, dtype=dtype, result_dtype=dtype, rngs=rngs)
-        self.mlp_out = Projection(inner, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_in = projection(hidden, 2 * inner, dtype=dtype, result_dtype=dtype, rngs=rngs)
+        self.mlp_out = projection(inner, hidden, dtype=dtype, result_dtype=dtype, rngs=rngs)
         self.num_heads, self.first, self.dtype = config.num_attention_heads, first, dtype
+        self.fused_to = fused_to
 
     def __call__(
         self, x: Float[Array, "B S H"], mask: Bool[Array, "B S S"], rotation: Rotation
@@ -136,7 +148,11 @@ class ModernBertLayer(nnx.Module):
         normed = x if self.first else keeping_inputs(self.attention_norm, self.dtype)(x)
         parts = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(normed), 3, axis=-1))
         queries, keys, values = parts
-        mixed = attend(rotate(queries, rotation), rotate(keys, rotation), values, mask, self.dtype)
+        queries, keys = rotate(queries, rotation), rotate(keys, rotation)
+        if self.fused_to and FUSED_FROM <= x.shape[1] <= self.fused_to:
+            mixed = fused_attention(queries, keys, values, mask[:, 0].sum(axis=1), self.dtype)
+        else:
+            mixed = attend(queries, keys, values, mask, self.dtype)
         x = x + self.attention_out(mixed)
         product = self.mlp_in.product(keeping_inputs(self.mlp_norm, self.dtype)(x))
         return x + self.mlp_out(keeping_inputs(_geglu, self.dtype)(product))
@@ -155,14 +171,33 @@ class ModernBertModel(nnx.Module):
         config: What to build.
         dtype: Compute dtype of the products; they accumulate in float32.
         rngs: Source of the initial weights, which pretrained ones replace.
+        tf32: Whether the factors of float32 products of weights may be rounded to TF32.
+        fused: Whether texts of some length take `fused_attention` in layers that see all of them; masks must
+            then begin with the real tokens.
     """
 
-    def __init__(self, config: ModernBertConfig, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        config: ModernBertConfig,
+        *,
+        dtype: DTypeLike = jnp.float32,
+        rngs: nnx.Rngs,
+        tf32: bool = False,
+        fused: bool = False,
+    ):
         self.words = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs)
         self.norm = _Norm(config.hidden_size, config.norm_eps)
         self.layers = nnx.List(
-            ModernBertLayer(config, first=number == 0, dtype=dtype, rngs=rngs)
-            for number in range(config.num_hidden_layers)
+            ModernBertLayer(
+                config,
+                first=number == 0,
+                dtype=dtype,
+                rngs=rngs,
+                tf32=tf32,
+                fused_to=fused
+                * (config.longest if kind == "full_attention" else config.local_attention // 2),
+            )
+            for number, kind in enumerate(config.layer_types)
         )
         self.final_norm = _Norm(config.hidden_size, config.norm_eps)
         self.config = config

@@ -48,7 +48,8 @@ def encoder_of(predictor: "Predictor") -> Encoder:
         raise ConfigError(
             "this predictor carries no encoder and does not name one; give predict_text an encoder"
         )
-    return load_encoder(predictor.config.data.encoder)
+    named = predictor.config.data
+    return load_encoder(named.encoder, named.encoder_precision)
 
 
 class TextPaths:

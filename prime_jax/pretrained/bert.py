@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 from prime_jax import files
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.nn.bert import Pooling, pool
+from prime_jax.nn.encoder_products import EncoderPrecision, dtype_of, has_fused_attention
 from prime_jax.nn.remat import Remat
 from prime_jax.pretrained.families import EncoderModel, build_encoder, load_encoder_model, read_encoder_config
 from prime_jax.pretrained.sentence_folder import SentenceFolder
@@ -53,14 +54,18 @@ class BertTextEncoder:
         pooling: "mean" or "cls"; None reads it from the folder.
         max_length: Longest text in tokens, [CLS] and [SEP] included; longer ones are cut there and counted.
             None reads it from the folder, as sentence-transformers does.
-        dtype: Compute dtype of the products. bfloat16 is faster and changes embeddings in the third digit.
+        dtype: Compute dtype of the products: float32, or bfloat16, as `precision` says better.
         name: How the encoder is called in its identity; None takes the folder's name.
         batch_size: Most texts that run together. Fewer do where their tokens are more than is fastest on the
             device; None means that alone decides.
         devices: How many of this process's devices share a batch; None means all accelerators, one CPU.
+        precision: Of the products: `float32`; `tf32`, which GPUs multiply faster and which changes embeddings
+            in the fourth digit; `bfloat16`, faster still, in the third. None means `dtype`.
+        fused: Whether longer texts take a fused attention; None: in bfloat16 on a GPU that has it.
 
     Attributes:
-        identity: Name, pooling, maximum length and a hash over everything that decides the embeddings.
+        identity: Name, pooling, maximum length, a `precision` below float32 and a hash over everything that
+            decides the embeddings.
         dim: Width of an embedding.
         truncated: How many of the texts encoded so far were cut at `max_length`.
         source: The folder, as read.
@@ -81,6 +86,8 @@ class BertTextEncoder:
         name: str | None = None,
         batch_size: int | None = None,
         devices: int | None = None,
+        precision: EncoderPrecision | None = None,
+        fused: bool | None = None,
     ):
         source = self.source = SentenceFolder.read(Path(folder))
         config = read_encoder_config(source.transformer)
@@ -92,15 +99,26 @@ class BertTextEncoder:
         self._mesh = _rows_over(devices)
         self._lower_case = source.lower_case
         self._tokenizer = source.tokenizer(config.vocab_size, self.max_length)
-        self.graph, weights = nnx.split(load_encoder_model(source.transformer, config, dtype))
+        if precision is not None:
+            dtype = dtype_of(precision)
+        if fused is None:
+            heads = config.num_attention_heads
+            fused = jnp.dtype(dtype) == jnp.bfloat16 and has_fused_attention(heads, self.dim // heads)
+        weights = nnx.state(load_encoder_model(source.transformer, config, dtype))
+        tf32 = precision == "tf32"
+        self.graph = nnx.split(nnx.eval_shape(lambda: build_encoder(config, dtype, tf32=tf32, fused=fused)))[
+            0
+        ]
         self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         self._embed = _embedder(self.graph, self.pooling)
-        settings = (self.pooling, self.max_length, self._lower_case, jnp.dtype(dtype).name)
+        rounding = "tf32" if tf32 else jnp.dtype(dtype).name
+        settings = (self.pooling, self.max_length, self._lower_case, rounding)
         digest = hashlib.sha256(f"{config.told()} {settings}".encode())
         for file in (source.transformer / "tokenizer.json", *weight_files(source.transformer)):
             digest.update(files.sha256(file).encode())
         name = name or Path(folder).resolve().name
-        self.identity = f"{name}-{self.pooling}-{self.max_length}-{digest.hexdigest()[:8]}"
+        marked = f"-{precision}" if precision not in (None, "float32") else ""
+        self.identity = f"{name}-{self.pooling}-{self.max_length}{marked}-{digest.hexdigest()[:8]}"
 
     @property
     def params(self) -> Any:

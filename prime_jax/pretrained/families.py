@@ -31,11 +31,13 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
     return (ModernBertConfig if modern else BertConfig).parse(fields, str(path))
 
 
-def build_encoder(config: EncoderConfig, dtype: DTypeLike) -> EncoderModel:
-    """The model with random weights."""
+def build_encoder(
+    config: EncoderConfig, dtype: DTypeLike, *, tf32: bool = False, fused: bool = False
+) -> EncoderModel:
+    """The model with random weights; `tf32` and `fused` as of its class."""
     if isinstance(config, ModernBertConfig):
-        return ModernBertModel(config, dtype=dtype, rngs=nnx.Rngs(0))
-    return BertModel(config, dtype=dtype, rngs=nnx.Rngs(0))
+        return ModernBertModel(config, dtype=dtype, rngs=nnx.Rngs(0), tf32=tf32, fused=fused)
+    return BertModel(config, dtype=dtype, rngs=nnx.Rngs(0), tf32=tf32, fused=fused)
 
 
 def load_encoder_model(folder: Path, config: EncoderConfig, dtype: DTypeLike = jnp.float32) -> EncoderModel:

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float
 
 from prime_jax.errors import DataError
+from prime_jax.nn.encoder_products import EncoderPrecision
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts
 from prime_jax.pretrained.writing import write_encoder
 
@@ -70,13 +71,14 @@ def is_pair(folder: Path) -> bool:
     return (folder / "x").is_dir() and (folder / "y").is_dir()
 
 
-def load_pair(folder: Path) -> PairedEncoder:
-    """Read what `write_pair` wrote.
+def load_pair(folder: Path, precision: EncoderPrecision | None = None) -> PairedEncoder:
+    """Read what `write_pair` wrote, to compute in `precision` (see `BertTextEncoder`).
 
     Raises:
         DataError: If a file or tensor is missing, damaged or not supported; the message names it.
     """
-    return PairedEncoder(BertTextEncoder(folder / "x"), BertTextEncoder(folder / "y"))
+    x, y = (BertTextEncoder(folder / name, precision=precision) for name in ("x", "y"))
+    return PairedEncoder(x, y)
 
 
 def write_pair(pair: PairedEncoder, folder: Path) -> None:

@@ -17,7 +17,7 @@ from jaxtyping import Float32, Int64, Shaped
 from numpy import ndarray
 
 from prime_jax.errors import DataError
-from prime_jax.retrieval.topk import Rows, search
+from prime_jax.retrieval.topk import ExactIndex, Rows, search
 
 IndexKind = Literal["exact", "faiss", "hnsw", "qdrant"]
 URL, KEY = "QDRANT_URL", "QDRANT_API_KEY"
@@ -42,10 +42,8 @@ class Index(Protocol):
 
 
 @contextmanager
-def open_index(
-    kind: IndexKind, corpus: Rows, corpus_scope: Shaped[ndarray, " M"] | None
-) -> Iterator[Index | None]:
-    """Put passages into an index, for as long as the context lasts; None for `exact`, which needs none.
+def open_index(kind: IndexKind, corpus: Rows, corpus_scope: Shaped[ndarray, " M"] | None) -> Iterator[Index]:
+    """Put passages into an index, for as long as the context lasts.
 
     Args:
         kind: Which one. `qdrant` asks the server at $QDRANT_URL (with $QDRANT_API_KEY), or runs in memory.
@@ -56,7 +54,7 @@ def open_index(
         DataError: If the package is not installed, or the server does not answer.
     """
     if kind == "exact":
-        yield None
+        yield ExactIndex(corpus, corpus_scope)
     elif kind == "qdrant":
         collection = _Qdrant(corpus, corpus_scope)
         try:

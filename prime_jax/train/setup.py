@@ -102,7 +102,7 @@ def prepared(config: Config) -> Prepared:
     source, watching = config.data, hybrid_settings(config)
     if source.path is None:
         raise ConfigError("data.path is not set: name a data folder, for instance with --data.path DIR")
-    encoder = load_encoder(source.encoder)
+    encoder = load_encoder(source.encoder, source.encoder_precision)
     passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
     for name in ("input_dim", "output_dim"):
         if getattr(config.model, name) != encoder.dim:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +17,7 @@ from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.metrics import first_rank, ranking_metrics
 from prime_jax.retrieval.novelty import unseen
-from prime_jax.retrieval.topk import Rows, search
+from prime_jax.retrieval.topk import ExactIndex, Rows
 from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
 from prime_jax.train.collective import is_main
@@ -80,7 +81,7 @@ class Validator:
         turns = self._split.context_rows if given else self._split.context_rows[:, :0]
         asked = np.concatenate([turns, self._split.query_rows[:, None]], axis=1)
         self._groups = linked([row[row >= 0].tolist() for row in asked])
-        self._plain = self._measured(data.store[self._split.query_rows], self._corpus)
+        self._plain = self._measured(data.store[self._split.query_rows], self._index(self._corpus))
         self.plain_query = self._means(self._plain)
         self.target_rank = effective_rank(self._corpus[[ids[0] for ids in self._split.positives]])
 
@@ -93,7 +94,7 @@ class Validator:
         other._predictor, other._predict_train = self._predictor.over(data), self._predict_train.over(data)
         other._data, other._split, other._corpus = data, data.splits[self._name], data.corpus()
         other._query_centres = calibration.centres_of(data.store[data.splits["train"].query_rows[self._few]])
-        other._plain = other._measured(data.store[other._split.query_rows], other._corpus)
+        other._plain = other._measured(data.store[other._split.query_rows], other._index(other._corpus))
         return other
 
     def __call__(self, state: TrainState) -> Validated:
@@ -103,13 +104,14 @@ class Validator:
         head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None)
-        corpus, fallback = self._corpus, self._plain
+        encoded, fallback = self._index(self._corpus), self._plain
+        index = encoded
         if head is not None:  # what a guard falls back to is mapped as well
-            corpus = map_memory(head, self._corpus)
+            index = self._index(map_memory(head, self._corpus))
             query = unit(self._data.store[self._split.query_rows])
-            fallback = self._measured(map_memory(head, query), corpus)
-        metrics = self._measured(predicted, corpus)
-        judged = self._steered.scores(steered, self._ranks) if self._steered else {}
+            fallback = self._measured(map_memory(head, query), index)
+        metrics = self._measured(predicted, index)
+        judged = self._steered.scores(steered, partial(self._ranks, encoded)) if self._steered else {}
         scores = {**self._means(metrics), **judged, "rank": effective_rank(predicted)}
         return Validated(scores, self._confidence(predicted, trained, metrics, fallback))
 
@@ -137,24 +139,20 @@ class Validator:
             answer_centres=calibration.centres_of(trained),
         )
 
-    def _ranks(self, vectors: Vectors) -> Int64[np.ndarray, " n"]:
+    def _index(self, corpus: Rows) -> ExactIndex:
+        """The corpus to be searched, on the device for one validation: training needs that memory."""
+        return ExactIndex(corpus, self._data.corpus_scope)
+
+    def _ranks(self, index: ExactIndex, vectors: Vectors) -> Int64[np.ndarray, " n"]:
         """Rank of each query's first right passage, 0 beyond `DEPTH`."""
-        return first_rank(self._found(vectors, self._corpus), self._split.positives)
+        return first_rank(self._found(vectors, index), self._split.positives)
 
-    def _measured(self, vectors: Vectors, corpus: Rows) -> dict[str, Any]:
+    def _measured(self, vectors: Vectors, index: ExactIndex) -> dict[str, Any]:
         """Every ranking metric of every query."""
-        return ranking_metrics(self._found(vectors, corpus), self._split.positives)
+        return ranking_metrics(self._found(vectors, index), self._split.positives)
 
-    def _found(self, vectors: Vectors, corpus: Rows) -> Int64[np.ndarray, "n depth"]:
-        found: Int64[np.ndarray, "n depth"] = search(
-            vectors,
-            corpus,
-            DEPTH,
-            exclude=self._split.exclude,
-            query_scope=self._split.scope,
-            corpus_scope=self._data.corpus_scope,
-        )[1]
-        return found
+    def _found(self, vectors: Vectors, index: ExactIndex) -> Int64[np.ndarray, "n depth"]:
+        return index.search(vectors, DEPTH, exclude=self._split.exclude, query_scope=self._split.scope)[1]
 
     def _means(self, metrics: Mapping[str, Any]) -> Scores:
         scores = {name: float(np.mean(values)) for name, values in metrics.items()}

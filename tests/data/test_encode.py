@@ -171,9 +171,22 @@ class TestCommand:
         assert encode.main(["--data", str(data), "--encoder", str(model)]) == 0
         assert "truncated  1 of the new texts" in capsys.readouterr().out
 
+    def test_a_store_is_of_one_precision(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        model = str(tiny_bert.write_folder(tmp_path / "model", tiny_bert.tensors()))
+        fakes.write_conversations(tmp_path)
+        command = ["--data", str(tmp_path), "--encoder", model]
+        assert encode.main([*command, "--precision", "bfloat16"]) == 0
+        assert "/model-mean-64-bfloat16-" in capsys.readouterr().out
+        assert encode.main(command) == 0
+        assert "72, 72 of them new" in capsys.readouterr().out  # another store than that of bfloat16
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [
+            (
+                ["--data", "{data}", "--encoder", "fakes:encoder", "--precision", "tf32"],
+                "the precision tf32 is for minilm and model folders",
+            ),
             (["--data", "nowhere", "--encoder", "fakes:encoder"], "nowhere"),
             (["--data", "{data}", "--encoder", "nothing"], "no encoder 'nothing'"),
             (

@@ -82,6 +82,16 @@ def test_onnx_and_a_gradient(folder: Path, tmp_path: Path) -> None:
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["layers"]))
 
 
+def test_fused_attention_and_tf32_compute_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused where a layer sees the whole text, and where its window holds all of a short one."""
+    monkeypatch.setattr("prime_jax.nn.modern_bert.FUSED_FROM", 4)
+    plain = BertTextEncoder(folder).encode(TEXTS)
+    np.testing.assert_allclose(BertTextEncoder(folder, fused=True).encode(TEXTS), plain, atol=1e-6)
+    np.testing.assert_array_equal(BertTextEncoder(folder, precision="tf32").encode(TEXTS), plain)
+    halves = BertTextEncoder(folder, precision="bfloat16", fused=True).encode(TEXTS)
+    assert (halves * plain).sum(axis=1).min() >= 0.999
+
+
 def test_the_config_of_transformers_4(folder: Path, tmp_path: Path) -> None:
     """Which layers see everything as a period, and the two bases by themselves."""
     newer = read_encoder_config(folder)

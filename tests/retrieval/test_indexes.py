@@ -28,11 +28,10 @@ SCOPES = {"query_scope": RNG.integers(0, 3, QUERIES), "corpus_scope": RNG.intege
 def found_with(kind: Any, **settings: Any) -> tuple[np.ndarray, np.ndarray]:
     corpus_scope = settings.pop("corpus_scope", None)
     with open_index(kind, CORPUS, corpus_scope) as index:
-        assert index is not None
         return index.search(ASKED, K, **settings)
 
 
-@pytest.mark.parametrize("kind", ["faiss", "qdrant"])
+@pytest.mark.parametrize("kind", ["exact", "faiss", "qdrant"])
 @pytest.mark.parametrize("settings", [{}, {"exclude": EXCLUDE}, SCOPES, {"exclude": EXCLUDE, **SCOPES}])
 def test_what_compares_with_every_passage_is_exact(kind: str, settings: dict[str, Any]) -> None:
     scores, rows = found_with(kind, **settings)
@@ -76,11 +75,6 @@ def test_a_small_scope_leaves_places_empty(kind: str) -> None:
     assert (np.sort(rows[:, :3], axis=1) == [0, 1, 2]).all()
     assert (rows[:, 3:] == -1).all()
     assert (scores[:, 3:] == -np.inf).all()
-
-
-def test_exact_needs_none() -> None:
-    with open_index("exact", CORPUS, None) as index:
-        assert index is None
 
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,14 @@ BAD = {
         "query_scope": np.zeros(3, int),
         "corpus_scope": np.zeros(4, int),
     },
+    "scopes must be integers or strings; corpus_scope is float64": {
+        "query_scope": np.zeros(2, int),
+        "corpus_scope": np.zeros(4),
+    },
+    "scopes must be integers or strings; query_scope is object": {
+        "query_scope": np.array([None, "a"], object),
+        "corpus_scope": np.array(["a"] * 4),
+    },
     "both of one kind": {"query_scope": np.array(["a", "b"]), "corpus_scope": np.zeros(4, int)},
 }
 
