@@ -211,7 +211,7 @@ def whole_weights(params: Any, mesh: Mesh | None, dtype: DTypeLike = jnp.float32
 
     @jax.custom_vjp
     def gather_rounded(matrix: Array) -> Array:
-        # As integers, which XLA promotes to float32 on no backend; rounded where the share lies, then gathered.
+        # Rounded where the share lies, then gathered as integers, which XLA promotes on no backend.
         bits = jax.lax.bitcast_convert_type(matrix.astype(dtype), jnp.uint16)
         bits = jax.lax.with_sharding_constraint(bits, state_shardings(mesh, bits))
         bits = jax.lax.with_sharding_constraint(bits, place)
