@@ -14,8 +14,7 @@ Rows are numbered through the shards in order and never move, so a row found tod
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from safetensors.numpy import save_file
 from prime_jax import files
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
+from prime_jax.locks import locked
 
 INDEX = "index.json"
 DType = Literal["float32", "float16"]
@@ -99,7 +99,7 @@ class EmbeddingStore:
         """
         path = _home(folder, identity) / INDEX
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent):
+        with locked(path.parent):
             if not path.exists():
                 new = _Index(identity=identity, dim=dim, dtype=dtype or "float32")
                 files.write_json(path, new.written())
@@ -222,7 +222,7 @@ class EmbeddingStore:
         position_of: dict[bytes, int] = {}
         for position, text in enumerate(texts):
             position_of.setdefault(text_key(text), position)
-        with _locked(self.folder):
+        with locked(self.folder):
             self._follow(_read_index(self.folder / INDEX))
             fresh = {key: at for key, at in position_of.items() if key not in self._row}
             if fresh:
@@ -342,19 +342,6 @@ def _place(entry: dict[str, Any], dtype: str, shape: list[int], available: int) 
     if entry["dtype"] != dtype or entry["shape"] != shape or not fits:
         raise ValueError(entry)
     return int(begin)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time change `folder` (no lock on systems without fcntl, such as Windows)."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _quote(text: str) -> str:
