@@ -159,7 +159,7 @@ class Ownership:
 
         Its last sign of life is compared with the file system's own clock, as machines' clocks differ.
         """
-        seen = os.stat(self._path).st_mtime
+        seen = self._path.stat().st_mtime
         with tempfile.TemporaryFile(dir=self._path.parent) as new:
             left = SILENT - max(0.0, os.fstat(new.fileno()).st_mtime - seen)
         end = time.monotonic() + left
@@ -171,7 +171,7 @@ class Ownership:
             )
         while time.monotonic() < end:
             time.sleep(BEAT / 5)
-            if not self._is_same_file() or os.stat(self._path).st_mtime != seen:
+            if not self._is_same_file() or self._path.stat().st_mtime != seen:
                 raise self._refused(_read(self._path) or owner)
 
     def _refused(self, owner: Owner | None) -> ConfigError:
@@ -185,7 +185,7 @@ class Ownership:
 
     def _is_same_file(self) -> bool:
         try:
-            return os.path.samestat(os.stat(self._path), os.fstat(self._descriptor))
+            return os.path.samestat(self._path.stat(), os.fstat(self._descriptor))
         except FileNotFoundError:
             return False
 

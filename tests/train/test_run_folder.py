@@ -1,0 +1,88 @@
+"""A run folder has one training at a time, whoever starts the second one, and wherever."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from commands import SETTINGS, exit_codes, start_together
+
+from prime_jax.config import Config
+from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.locks import OWNER, Owner, owned
+from prime_jax.train import checkpoints, loop, program, setup
+from prime_jax.train.__main__ import main
+
+
+def test_a_second_training_is_refused_while_the_first_goes_on(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Today's fault: both ended with 0, one result was lost, and the history was interleaved."""
+    out, real, codes = tmp_path / "run", program.split_batch, []
+
+    def starting_another(*args: Any) -> Any:
+        if not codes:
+            codes.append(-1)
+            codes[0] = main([*settings, "--train.seed", "1", "--out", str(out)])
+        return real(*args)
+
+    monkeypatch.setattr(program, "split_batch", starting_another)
+    assert main([*settings, "--out", str(out)]) == 0
+    assert codes == [2]
+    refusal = capsys.readouterr().err
+    assert f"prime-jax train: {out}: process {os.getpid()} on {Owner.here().host} (since" in refusal
+    steps = [json.loads(line)["step"] for line in (out / "history.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert "seed: 0 " in (out / "config.yaml").read_text()
+    assert not (out / OWNER).exists()
+    assert main([*settings, "--out", str(out), "--resume"]) == 0  # free again
+
+
+def test_a_run_that_ended_meanwhile_is_not_started_over(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked = []
+
+    def first_only(*args: Any) -> None:
+        checked.append(args)
+        if len(checked) == 2:
+            raise ConfigError("already holds a run")
+
+    monkeypatch.setattr(setup, "check_folder", first_only)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        loop.train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_whose_folder_was_taken_over_saves_nothing(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine slept, and another one went on with the run."""
+    real = loop._Run._validate
+
+    def taken_over(run: Any, step: int) -> Any:
+        other = Owner("elsewhere", "boot", 4711, "2026-01-01T00:00:00")
+        (tmp_path / OWNER).write_text(json.dumps(other._asdict()))
+        return real(run, step)
+
+    monkeypatch.setattr(loop._Run, "_validate", taken_over)
+    with pytest.raises(ConfigError, match="process 4711 on elsewhere .* took over a training run"):
+        loop.train(config, tmp_path)
+    assert checkpoints.list_checkpoints(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_said_to_be(config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        loop.train(config, tmp_path / "file" / "run")
+
+
+def test_all_processes_of_a_run_are_refused_together(data_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with owned(out, "a training run"):
+        processes = start_together(2, [*SETTINGS, "--data.path", str(data_folder)], out)
+        assert exit_codes(processes) == [2, 2]
+    said = [(tmp_path / f"run-{index}.log").read_text() for index in range(2)]
+    assert f"process {os.getpid()} on {Owner.here().host}" in said[0]
+    assert "the first process may not write here; it says why" in said[1]
