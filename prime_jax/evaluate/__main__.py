@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--split", default="test", help="split to measure on (default: test)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
     parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutation test (default: 0)")
     parser.add_argument(
         "--index",
@@ -50,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.split,
             given.out,
             store=given.store,
+            encoder=given.encoder,
             seed=given.seed,
             ablation=given.ablation,
             index=given.index,

@@ -25,6 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--run", type=Path, required=True, metavar="DIR", help="run folder of a steered model"
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data folder (docs/data.md)")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
+    )
     parser.add_argument("--question", action="append", metavar="TEXT", help="explain this; may be repeated")
     parser.add_argument("--steer", metavar="TEXT", help="steer towards this text instead of a variant")
     parser.add_argument("--split", default="dev", help="without --question: explain its first ones (dev)")
@@ -48,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steering=given.steering,
             steer_towards=given.steer,
             out=given.out,
+            encoder=given.encoder,
         )
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax explain: {mistake}", file=sys.stderr)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import ExportError, PredictorError
+from prime_jax.locks import owned
 
 PASSWORD = "PRIME_SIGN_PASSWORD"
 
@@ -19,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.out = given.out.resolve()  # "." has no name to write beside
     try:
         _check(given)
-        parity = _export(given)
+        with owned(given.out, "a bundle", lock=given.out.with_name(f".{given.out.name}.export.lock")):
+            parity = _export(given)
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax export: {mistake}", file=sys.stderr)
         return 2
@@ -39,6 +41,9 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--state-dict", action="store_true", help="add model.pt beside model.safetensors")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data to measure on (default: the run's)")
     parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
+    )
     parser.add_argument("--max-loss", type=float, default=0.01, help="of R@10 in fp16, int8 (default: 0.01)")
     parser.add_argument("--allow-loss", action="store_true", help="write them even if they lose more")
     parser.add_argument("--model-version", help="semantic version (default: the bundle's, or 1.0.0)")
@@ -54,8 +59,10 @@ def _check(given: Namespace) -> None:
         raise ExportError(f"--max-loss must be a number, not {given.max_loss}")
     if given.torch is None and given.like is not None:
         raise ExportError("--like goes with --torch; a run knows its own config")
-    if given.torch is not None and (given.data or given.store or given.precision != "fp32"):
-        raise ExportError("--data, --store and --precision go with --run; weights alone cannot be judged")
+    if given.torch is not None and (given.data or given.store or given.encoder or given.precision != "fp32"):
+        raise ExportError(
+            "--data, --store, --encoder and --precision go with --run; weights alone cannot be judged"
+        )
     if given.triton is None:
         return
     if given.triton.is_file():
@@ -72,7 +79,7 @@ def _export(given: Namespace) -> dict[str, Any]:
     from prime_jax.manifest import FIRST_VERSION
     from prime_jax.predict.predictor import load
 
-    predictor = None if given.run is None else load(given.run, precision="float32")
+    predictor = None if given.run is None else load(given.run, precision="float32", encoder=given.encoder)
     known = {} if predictor is None else predictor.info()
     options = Options(
         precisions=parse_precisions(given.precision),

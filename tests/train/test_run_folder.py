@@ -67,7 +67,7 @@ def test_a_run_whose_folder_was_taken_over_saves_nothing(
         return real(run, step)
 
     monkeypatch.setattr(loop._Run, "_validate", taken_over)
-    with pytest.raises(ConfigError, match="process 4711 on elsewhere .* took over a training run"):
+    with pytest.raises(ConfigError, match=r"process 4711 on elsewhere .* took over a training run"):
         loop.train(config, tmp_path)
     assert checkpoints.list_checkpoints(tmp_path) == []
 
