@@ -84,7 +84,7 @@ def load(
         target_head=head,
         confidence=read_confidence(source, model.config.input_dim, model.config.output_dim),
     )
-    predictor.encoder = named_encoder(encoder, {"source": source, **told})
+    predictor.text_encoder = named_encoder(encoder, {"source": source, **told})
     return predictor
 
 
@@ -107,11 +107,13 @@ class Predictor:
         config: Configuration of the run it comes from, or None.
         target_head: As given; where there is one, the memory must be mapped by `map_memory`.
         confidence: As given.
-        encoder: What `load` was given for texts, or None.
+        text_encoder: What `load` was given for texts, or None.
 
     Raises:
         PredictorError: For an unknown precision or a batch size that is none.
     """
+
+    text_encoder: Encoder | None = None
 
     def __init__(
         self,
@@ -132,7 +134,6 @@ class Predictor:
         self.config = config
         self.target_head = target_head
         self.confidence = confidence
-        self.encoder: Encoder | None = None
         self._facts = dict(facts or {})
         self._precision: Precision = precision
         self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)

@@ -44,8 +44,8 @@ def encoder_of(predictor: "Predictor") -> Encoder:
         ConfigError: If there is none, or the configuration names code (`load(run, encoder=...)` does).
         DataError: If the encoder's folder is incomplete or damaged.
     """
-    if predictor.encoder is not None:
-        return predictor.encoder
+    if predictor.text_encoder is not None:
+        return predictor.text_encoder
     source = predictor.info().get("source")
     if source and is_pair(Path(source) / FOLDER):
         return load_pair(Path(source) / FOLDER)

@@ -91,7 +91,7 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
 class _Run:
     """One run in progress: its program, its data, its files."""
 
-    def __init__(self, config: Config, out: Path, prepared: setup.Prepared, holding: Ownership | None):
+    def __init__(self, config: Config, out: Path, prepared: setup.Prepared, holding: Ownership | None = None):
         self.holding = holding
         settings, (data, facts, steering, texts, watching) = config.train, prepared
         self.config, self.out, self.data, self.facts, self.texts = config, out, data, facts, texts
