@@ -216,6 +216,7 @@ def _run(options: argparse.Namespace) -> None:
     store = EmbeddingStore.open(
         options.store or options.data / STORE, encoder.identity, encoder.dim, options.dtype
     )
+    store.verify(again=False)
     new = len(store.missing(texts))
     started = time.perf_counter()
     encode_texts(texts, encoder, store)

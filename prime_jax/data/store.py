@@ -25,6 +25,7 @@ from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from prime_jax import files
+from prime_jax.data.shards import Shard, check_shards
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.locks import locked
@@ -98,11 +99,12 @@ class EmbeddingStore:
                 truncated or not a shard of this store. The message names the file.
         """
         path = _home(folder, identity) / INDEX
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(path.parent):
-            if not path.exists():
-                new = _Index(identity=identity, dim=dim, dtype=dtype or "float32")
-                files.write_json(path, new.written())
+        if not path.exists():  # otherwise the folder may be one that can only be read
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.parent):
+                if not path.exists():
+                    new = _Index(identity=identity, dim=dim, dtype=dtype or "float32")
+                    files.write_json(path, new.written())
         index = _read_index(path)
         if index.identity != identity:
             raise DataError(f"{path}: holds embeddings of encoder {index.identity!r}, not of {identity!r}")
@@ -231,17 +233,18 @@ class EmbeddingStore:
                 files.write_json(self.folder / INDEX, index.written())
                 self._follow(index)
 
-    def verify(self) -> None:
-        """Read every shard and compare its SHA-256 with the index.
+    def verify(self, *, again: bool = True) -> None:
+        """Read every shard, compare its SHA-256 with the index, and look for NaN and Inf.
+
+        Args:
+            again: Read also what was found whole before and did not change since (`prime_jax.data.shards`).
 
         Raises:
-            DataError: If one differs; the message names it.
+            DataError: If a shard is not as it was written; the message names file and row.
         """
-        for shard in self._index.shards:
-            if files.sha256(self.folder / shard.file) != shard.sha256:
-                raise DataError(
-                    f"{self.folder / shard.file}: damaged or changed, its SHA-256 differs from {INDEX}"
-                )
+        listed = zip(self._index.shards, self._maps, self._starts, strict=True)
+        shards = [Shard(self.folder / one.file, one.sha256, rows, start) for one, rows, start in listed]
+        check_shards(self.folder, shards, again=again)
 
     def _write_shard(self, keys: list[bytes], embeddings: npt.NDArray[np.float32]) -> _Shard:
         name = f"shard-{len(self._index.shards):05d}.safetensors"

@@ -178,7 +178,7 @@ class Other:
 def test_another_encoder_than_that_of_training_is_refused(
     honest: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(DataError, match="was trained on embeddings of bag-of-words, but .* is other@2"):
+    with pytest.raises(DataError, match=r"was trained on embeddings of bag-of-words, but .* is other@2"):
         prime_jax.load(honest / "run", encoder=Other())
     words = ["--run", str(honest / "run"), "--data", str(honest / "data"), "--out", str(tmp_path / "out")]
     assert evaluate([*words, "--encoder", f"{__name__}:Other"]) == 2

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ def test_a_folder_that_cannot_be_written_is_said_to_be(config: Config, tmp_path:
     (tmp_path / "file").write_text("")
     with pytest.raises(CheckpointError, match="cannot be written"):
         loop.train(config, tmp_path / "file" / "run")
+
+
+def test_a_changed_shard_is_found_at_the_start_and_on_resume(
+    data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Noise of the same size trained on, and resumed, without a word."""
+    shutil.copytree(data_folder, tmp_path / "data")
+    options = [*SETTINGS, "--data.path", str(tmp_path / "data"), "--train.num-epochs", "1"]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 0
+    (shard,) = (tmp_path / "data" / "embeddings" / "bag-of-words").glob("*.safetensors")
+    content = bytearray(shard.read_bytes())
+    content[-4000:-3000] = bytes(1000)
+    shard.write_bytes(content)
+    for words in (["--resume", "--out", str(tmp_path / "run")], ["--out", str(tmp_path / "other")]):
+        capsys.readouterr()
+        assert main([*options, *words]) == 2
+        said = capsys.readouterr().err
+        assert f"prime-jax train: {shard}: damaged or changed, its SHA-256 differs from index.json" in said
+        assert "encode again" in said
+    assert not (tmp_path / "other").exists()
 
 
 def test_all_processes_of_a_run_are_refused_together(data_folder: Path, tmp_path: Path) -> None:
