@@ -14,7 +14,7 @@ from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest, verify_manife
 from prime_jax.models.bundle import KIND as BUNDLE
 from prime_jax.models.bundle import read_config, read_tensors
 from prime_jax.train.checkpoints import KIND as CHECKPOINT
-from prime_jax.train.checkpoints import list_checkpoints
+from prime_jax.train.checkpoints import check_restorable, list_checkpoints
 
 RUNTIME = "torch_runtime.py"
 ROOM = 1e-4  # that a processor which rounds in another order may take from float32
@@ -50,6 +50,8 @@ def verify(
 ) -> Iterator[str]:
     """Check a bundle, a checkpoint, or all checkpoints of a run; yield a line for each check that holds.
 
+    What a checkpoint holds is read back, too, as resuming and predicting would.
+
     Args:
         folder: What to check.
         public_key: PEM file of who is to have signed it; None leaves a signature unchecked.
@@ -77,6 +79,8 @@ def verify(
         f"{size:,} bytes, every SHA-256 as in {MANIFEST}"
     )
     yield from _signature(folder, public_key)
+    if kind == CHECKPOINT:
+        yield f"{folder}: {', '.join(check_restorable(folder))} restored"
     if (onnx or torch) and kind != BUNDLE:
         raise ExportError(f"{folder}: is a {kind}; golden requests are in bundles only")
     if onnx:

@@ -28,6 +28,7 @@ from prime_jax.train import checkpoints
 from prime_jax.train.collective import any_process, in_turn, is_main, say
 from prime_jax.train.encoders import encoders_trained, trainable
 from prime_jax.train.optim import warmup_steps
+from prime_jax.train.plain_paths import plain_path
 from prime_jax.train.reencoding import TrainedTexts
 from prime_jax.train.state import pure_params
 
@@ -67,7 +68,7 @@ def held(out: Path) -> Iterator[Ownership | None]:
 
     Raises:
         ConfigError: In every process, if another run holds the folder; the first one says who.
-        CheckpointError: Likewise, if the folder cannot be written.
+        CheckpointError: Likewise, if the folder cannot be written, or checkpoints in it could not be read.
     """
     with ExitStack() as opened:
         holding: Ownership | None = None
@@ -75,7 +76,9 @@ def held(out: Path) -> Iterator[Ownership | None]:
         if is_main():
             try:
                 holding = opened.enter_context(owned(out, "a training run"))
-            except ConfigError as taken:
+                with plain_path(out):  # what could not be read again is not trained
+                    pass
+            except PredictorError as taken:
                 refused = taken
             except OSError as failed:
                 refused = CheckpointError(f"{out}: cannot be written ({failed})")
