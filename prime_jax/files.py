@@ -18,6 +18,18 @@ from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.locks import owned
 
 
+def user_path(text: str) -> Path:
+    """A path as a user writes it; `~` is their home also where no shell expands it (`--out=~/x`, YAML).
+
+    Raises:
+        ValueError: If there is no such home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as unknown:
+        raise ValueError(f"{text}: {unknown}") from None
+
+
 def _flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

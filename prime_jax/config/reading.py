@@ -25,11 +25,13 @@ from prime_jax.config.sections import (
 )
 from prime_jax.data.encode import names_code, unnamed_code
 from prime_jax.errors import ConfigError
+from prime_jax.files import user_path
 from prime_jax.losses.jasper import JasperLossConfig
 from prime_jax.models import DEFAULT_KIND, KINDS, kind_of
 from prime_jax.models.prime import PredictorConfig
 
 ENV_PREFIX = "PRIME_"
+_PATHS = {"data": ("path", "store", "encoder"), "steering": ("path",), "model": ("checkpoint_path",)}
 SPEC_SECTIONS = {"predictor": "model", "training": "train"}
 
 
@@ -103,7 +105,7 @@ def read_config(file: Path | None = None, options: Sequence[str] = (), *, stored
         raise ConfigError(_explain(invalid, "configuration", kind)) from None
     if unnamed is not None and file is not None and config.data.encoder == DataConfig().encoder:
         raise unnamed_code(unnamed, file)
-    return config
+    return _at_home(config)
 
 
 def load_stored_config(file: Path) -> Config:
@@ -131,6 +133,25 @@ def _without_code(given: dict[str, Any]) -> str | None:
         return None
     given["data"] = {key: value for key, value in data.items() if key != "encoder"}
     return name
+
+
+def _at_home(config: Config) -> Config:
+    """The configuration with `~` in its paths expanded, as no shell does it in YAML."""
+    changed: dict[str, Any] = {}
+    for section, names in _PATHS.items():
+        part: Any = getattr(config, section)
+        given = {name: getattr(part, name, None) for name in names}
+        at_home = {name: text for name, text in given.items() if isinstance(text, str) and text[:1] == "~"}
+        try:
+            update: dict[str, Any] = {name: str(user_path(text)) for name, text in at_home.items()}
+            start = getattr(part, "init_from", None)
+            if start is not None and start.path[:1] == "~":
+                update["init_from"] = start.model_copy(update={"path": str(user_path(start.path))})
+        except ValueError as unknown:
+            raise ConfigError(f"section {section}: {unknown}") from None
+        if update:
+            changed[section] = part.model_copy(update=update)
+    return config.model_copy(update=changed) if changed else config
 
 
 def _with_kind(given: Mapping[str, Any], kind: str) -> dict[str, Any]:

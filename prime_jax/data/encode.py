@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError, DataError, PredictorError
+from prime_jax.files import user_path
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts
 from prime_jax.pretrained.pair import is_pair, load_pair
 from prime_jax.progress import progress
@@ -181,11 +182,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m prime_jax.data.encode",
         description="Encode every text of a data folder that its embedding store is missing.",
     )
-    parser.add_argument("--data", type=Path, required=True, help="data folder with corpus.jsonl and splits")
+    parser.add_argument(
+        "--data", type=user_path, required=True, help="data folder with corpus.jsonl and splits"
+    )
     parser.add_argument(
         "--encoder", default=MINILM, help="minilm, a model folder, or package.module:attribute"
     )
-    parser.add_argument("--store", type=Path, help="root folder of stores; default: DIR/embeddings")
+    parser.add_argument("--store", type=user_path, help="root folder of stores; default: DIR/embeddings")
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), help="of a new store; float16 takes half the room"
     )

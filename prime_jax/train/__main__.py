@@ -4,10 +4,10 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from pathlib import Path
 
 from prime_jax.config import read_config, to_yaml
 from prime_jax.errors import ConfigError, PredictorError
+from prime_jax.files import user_path
 
 CONFIG = "config.yaml"
 SETTINGS = """settings:
@@ -25,8 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder: checkpoints, history, curves")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="YAML file with settings")
+    parser.add_argument(
+        "--out", type=user_path, metavar="DIR", help="run folder: checkpoints, history, curves"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
     parser.add_argument(
         "--encoder", metavar="NAME", help="as --data.encoder; --resume needs it where the run's is code"

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from prime_jax.config import Config, read_config, to_yaml
 from prime_jax.errors import ConfigError, PredictorError
-from prime_jax.files import write_json, write_text
+from prime_jax.files import user_path, write_json, write_text
 from prime_jax.locks import owned
 
 RESULTS = "results.json"
@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the other settings")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are kept")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="YAML file with the other settings")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="where results are kept")
     parser.add_argument("--try", dest="tried", action="append", required=True, metavar="NAME=VALUES")
     parser.add_argument("--trials", type=int, default=20, help="settings to try (default: 20; --grid: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="train.seed of each (default: 0)")

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,9 +12,20 @@ from commands import SETTINGS, exit_codes, start_together
 
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.evaluate.__main__ import main as evaluate
+from prime_jax.export.__main__ import main as export
 from prime_jax.locks import OWNER, Owner, owned
-from prime_jax.train import checkpoints, loop, program, setup
+from prime_jax.train import checkpoints, loop, program, setup, sweep
 from prime_jax.train.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("undisturbed") / "run"
+    assert (
+        main([*SETTINGS, "--data.path", str(data_folder), "--train.num-epochs", "1", "--out", str(run)]) == 0
+    )
+    return run
 
 
 def test_a_second_training_is_refused_while_the_first_goes_on(
@@ -97,6 +109,65 @@ def test_a_changed_shard_is_found_at_the_start_and_on_resume(
         assert f"prime-jax train: {shard}: damaged or changed, its SHA-256 differs from index.json" in said
         assert "encode again" in said
     assert not (tmp_path / "other").exists()
+
+
+def test_two_sweeps_into_one_folder(
+    settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second one removed what the first one trained in."""
+    pytest.importorskip("optuna")
+    words = ["--out", str(tmp_path / "sweep"), "--trials", "1", "--try", "train.temperature=0.05,0.1"]
+    words += [*settings, "--train.num-epochs", "1"]
+    real, codes = program.split_batch, []
+
+    def starting_another(*args: Any) -> Any:
+        if not codes:
+            codes.append(-1)
+            codes[0] = sweep.main(words)
+        return real(*args)
+
+    monkeypatch.setattr(program, "split_batch", starting_another)
+    assert sweep.main(words) == 0
+    assert codes == [2]
+    assert "is writing a sweep here" in capsys.readouterr().err
+    assert {file.name for file in (tmp_path / "sweep").iterdir()} >= {"best.yaml", "results.json"}
+
+
+def test_a_journal_names_only_what_is_tried() -> None:
+    """results[0] becomes best.yaml, which a user may give to --config."""
+
+    def study(**params: Any) -> Any:
+        attributes = {"found": [{"value": 0.5, "metrics": {}}]}
+        trial = SimpleNamespace(
+            params=params, value=0.5, user_attrs=attributes, state=SimpleNamespace(name="COMPLETE")
+        )
+        return SimpleNamespace(trials=[trial])
+
+    space: sweep.Space = {"train.temperature": sweep.Range(0.01, 0.1, True), "data.encoder": ("minilm", "e5")}
+    good = {"train.temperature": 0.05, "data.encoder": "e5"}
+    assert sweep._results(study(**good), space)[0]["settings"] == good
+    bad = (
+        {"data.encoder": "os:abort"},
+        {"train.temperature": 1.0},
+        {"train.temperature": "x"},
+        {"data.path": "/"},
+    )
+    for change in bad:
+        with pytest.raises(ConfigError, match="which is not tried here"):
+            sweep._results(study(**(good | change)), space)
+
+
+def test_two_reports_or_exports_into_one_folder(
+    undisturbed: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = ["--run", str(undisturbed), "--encoder", "fakes:encoder", "--out", str(tmp_path / "out")]
+    with owned(tmp_path / "out", "a report", lock=tmp_path / "out" / ".report.lock"):
+        assert evaluate([*run, "--data", str(data_folder)]) == 2
+    assert f"{tmp_path / 'out'}: process {os.getpid()}" in capsys.readouterr().err
+    with owned(tmp_path / "out", "a bundle", lock=tmp_path / ".out.export.lock"):
+        assert export(run) == 2
+    assert "is writing a bundle here" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_all_processes_of_a_run_are_refused_together(data_folder: Path, tmp_path: Path) -> None:
