@@ -15,6 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import CheckpointError, PredictorError
+from prime_jax.locks import owned
+
+
+def user_path(text: str) -> Path:
+    """A path as a user writes it; `~` is their home also where no shell expands it (`--out=~/x`, YAML).
+
+    Raises:
+        ValueError: If there is no such home.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as unknown:
+        raise ValueError(f"{text}: {unknown}") from None
 
 
 def _flush(path: Path) -> None:
@@ -79,23 +92,28 @@ def read_json(path: Path, error: type[PredictorError] = CheckpointError) -> Any:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Give an empty temporary folder; on success it takes the name `path` (replacing an older one)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    temporary.chmod(0o755)
-    try:
-        yield temporary
-        for file in temporary.rglob("*"):
-            _flush(file)
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if path.exists():
-            path.replace(old)
-        temporary.replace(path)
-        _flush(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    """Give an empty temporary folder; on success it takes the name `path` (replacing an older one).
+
+    Raises:
+        ConfigError: If another process is making the same folder.
+    """
+    with owned(path, f"a new {path.name}", lock=path.with_name(f".{path.name}.lock")) as holding:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary.chmod(0o755)
+        try:
+            yield temporary
+            for file in temporary.rglob("*"):
+                _flush(file)
+            holding.check()
+            old = path.with_name(f".{path.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if path.exists():
+                path.replace(old)
+            temporary.replace(path)
+            _flush(path.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:

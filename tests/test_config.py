@@ -265,3 +265,20 @@ def test_every_shipped_config_loads_and_builds(file: Path) -> None:
 
 def test_there_are_shipped_configs() -> None:
     assert {"quickstart", "recommended", "prime_base", "prime_small"} <= {file.stem for file in CONFIGS}
+
+
+def test_a_tilde_is_the_users_home_also_where_no_shell_expands_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "data:\n  path: ~/data\n  encoder: ~/models/e5\nsteering:\n  path: ~\n"
+    text += "model:\n  checkpoint_path: ~/run\n"
+    config = read_config(write(tmp_path, text), ["--data.store=~/store"])
+    assert config.data.path == str(tmp_path / "data")
+    assert config.data.encoder == str(tmp_path / "models" / "e5")
+    assert config.data.store == str(tmp_path / "store")
+    assert config.steering.path is None  # in YAML, ~ alone is nothing
+    assert config.model.checkpoint_path == str(tmp_path / "run")
+    assert read_config(None, ["--data.path", "a~b"]).data.path == "a~b"
+    with pytest.raises(ConfigError, match="section data: ~nobody-of-this-name/x: "):
+        read_config(None, ["--data.path", "~nobody-of-this-name/x"])

@@ -1,12 +1,13 @@
 """Atomic writes: nothing half-written."""
 
 import json
+from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
 
-from prime_jax.errors import CheckpointError, DataError
-from prime_jax.files import atomic_folder, atomic_path, read_json, write_json
+from prime_jax.errors import CheckpointError, ConfigError, DataError
+from prime_jax.files import atomic_folder, atomic_path, read_json, user_path, write_json
 
 
 def fill_the_disk(path: Path, *, folder: bool = False) -> None:
@@ -45,3 +46,28 @@ def test_unreadable_json_names_the_file(tmp_path: Path) -> None:
         read_json(tmp_path / "x.json", DataError)
     with pytest.raises(CheckpointError, match=r"y\.json: the file is missing"):
         read_json(tmp_path / "y.json")
+
+
+def test_a_second_maker_of_a_folder_is_refused(tmp_path: Path) -> None:
+    with atomic_folder(tmp_path / "bundle") as part:
+        (part / "file").write_text("first")
+        with (
+            pytest.raises(ConfigError, match="is writing a new bundle here"),
+            atomic_folder(tmp_path / "bundle"),
+        ):
+            pass
+    assert (tmp_path / "bundle" / "file").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_options_know_the_users_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    parser = ArgumentParser()
+    parser.add_argument("--out", type=user_path)
+    assert parser.parse_args(["--out=~/x"]).out == Path("/home/somebody/x")
+    assert parser.parse_args(["--out", "./~/x"]).out == Path("~/x")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--out=~nobody-of-this-name/x"])
+    assert "invalid user_path value" in capsys.readouterr().err

@@ -23,12 +23,15 @@ from prime_jax.config.sections import (
     SteeringConfig,
     TrainingConfig,
 )
+from prime_jax.data.encode import names_code, unnamed_code
 from prime_jax.errors import ConfigError
+from prime_jax.files import user_path
 from prime_jax.losses.jasper import JasperLossConfig
 from prime_jax.models import DEFAULT_KIND, KINDS, kind_of
 from prime_jax.models.prime import PredictorConfig
 
 ENV_PREFIX = "PRIME_"
+_PATHS = {"data": ("path", "store", "encoder"), "steering": ("path",), "model": ("checkpoint_path",)}
 SPEC_SECTIONS = {"predictor": "model", "training": "train"}
 
 
@@ -65,18 +68,21 @@ class _Settings(BaseSettings):
         return env_settings, init_settings
 
 
-def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config:
+def read_config(file: Path | None = None, options: Sequence[str] = (), *, stored: bool = False) -> Config:
     """Read the configuration of a run: defaults < YAML file < environment < command line.
 
     Args:
         file: YAML file, or None for the defaults.
         options: Command-line words such as `["--train.num-epochs", "3"]`.
+        stored: Whether the file lies in a run instead of being the user's own. Code that it names as an
+            encoder is then run only if environment or options name it as well.
 
     Raises:
         ConfigError: For a missing or malformed file, an unknown key (with the nearest valid one), or a value
             out of bounds; the message says where it came from.
     """
     given = {} if file is None else _read_yaml(file)
+    unnamed = _without_code(given) if stored else None
     words = [_dashed(word) for word in options]
     kind = _kind(given, words, os.environ, str(file))
     _check(_with_kind(given, kind), str(file))
@@ -94,9 +100,12 @@ def read_config(file: Path | None = None, options: Sequence[str] = ()) -> Config
     except SettingsError as unreadable:
         raise ConfigError(str(unreadable)) from None
     try:
-        return Config(**{name: getattr(settings, name) for name in Config.model_fields})
+        config = Config(**{name: getattr(settings, name) for name in Config.model_fields})
     except ValidationError as invalid:  # sections that do not fit together
         raise ConfigError(_explain(invalid, "configuration", kind)) from None
+    if unnamed is not None and file is not None and config.data.encoder == DataConfig().encoder:
+        raise unnamed_code(unnamed, file)
+    return _at_home(config)
 
 
 def load_stored_config(file: Path) -> Config:
@@ -115,6 +124,34 @@ def to_yaml(config: BaseModel) -> str:
             text = f"{name}: {_flow(value)}"
             lines.append(f"  {text:<34} # {type(part).model_fields[name].description}")
     return "\n".join(lines) + "\n"
+
+
+def _without_code(given: dict[str, Any]) -> str | None:
+    """Take the encoder out of a configuration if it is code, and return its name."""
+    data = given.get("data")
+    if not isinstance(data, dict) or not isinstance(name := data.get("encoder"), str) or not names_code(name):
+        return None
+    given["data"] = {key: value for key, value in data.items() if key != "encoder"}
+    return name
+
+
+def _at_home(config: Config) -> Config:
+    """The configuration with `~` in its paths expanded, as no shell does it in YAML."""
+    changed: dict[str, Any] = {}
+    for section, names in _PATHS.items():
+        part: Any = getattr(config, section)
+        given = {name: getattr(part, name, None) for name in names}
+        at_home = {name: text for name, text in given.items() if isinstance(text, str) and text[:1] == "~"}
+        try:
+            update: dict[str, Any] = {name: str(user_path(text)) for name, text in at_home.items()}
+            start = getattr(part, "init_from", None)
+            if start is not None and start.path[:1] == "~":
+                update["init_from"] = start.model_copy(update={"path": str(user_path(start.path))})
+        except ValueError as unknown:
+            raise ConfigError(f"section {section}: {unknown}") from None
+        if update:
+            changed[section] = part.model_copy(update=update)
+    return config.model_copy(update=changed) if changed else config
 
 
 def _with_kind(given: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from jaxtyping import Float
 
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError, DataError, PredictorError
+from prime_jax.files import user_path
 from prime_jax.nn.encoder_products import EncoderPrecision
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts
 from prime_jax.pretrained.pair import is_pair, load_pair
@@ -98,7 +99,14 @@ class CallableEncoder:
         return np.asarray(answer / norms, np.float32)
 
 
-def load_encoder(name: str, precision: EncoderPrecision = "float32") -> Encoder:
+def names_code(name: str) -> bool:
+    """Whether an encoder's name is "package.module:attribute", so that loading it runs code."""
+    return name != MINILM and ":" in name and not Path(name).is_dir()
+
+
+def load_encoder(
+    name: str, precision: EncoderPrecision = "float32", *, stored_in: Path | None = None
+) -> Encoder:
     """The encoder of that name.
 
     Args:
@@ -106,9 +114,12 @@ def load_encoder(name: str, precision: EncoderPrecision = "float32") -> Encoder:
             encoder or of the two that were trained with a predictor, or "package.module:attribute" for an
             `Encoder` or a function that makes one.
         precision: What the first two kinds compute in (see `BertTextEncoder`); identities tell it.
+        stored_in: The file inside a run that the name was read in; None where the user gave the name. A file
+            that is loaded may name data, never code to run.
 
     Raises:
-        ConfigError: If there is no such encoder, the attribute is none, or a precision is asked of one.
+        ConfigError: If there is no such encoder, the attribute is none, a stored name is a module's, or a
+            precision is asked of an encoder that decides by itself.
         DataError: If the package of "minilm" is not installed, or the folder is incomplete or damaged.
     """
     if name == MINILM:
@@ -120,12 +131,22 @@ def load_encoder(name: str, precision: EncoderPrecision = "float32") -> Encoder:
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
         raise ConfigError(f"no encoder {name!r}: give {MINILM}, a model folder, or package.module:attribute")
+    if stored_in is not None:
+        raise unnamed_code(name, stored_in)
     if precision != "float32":
         raise ConfigError(
             f"encoder {name!r}: the precision {precision} is for {MINILM} and model folders; "
             "an encoder of your own decides by itself"
         )
     return _imported(name, module, attribute)
+
+
+def unnamed_code(name: str, file: Path) -> ConfigError:
+    """What to say where a loaded file names code that the user did not name."""
+    return ConfigError(
+        f"{file}: data.encoder {name!r} is code, which is not run because a loaded file says so; if you "
+        f"trust it, name it yourself: --encoder {name}, or in Python encoder={name!r}"
+    )
 
 
 def passage_prefix_for(encoder: Encoder, prefix: str) -> str:
@@ -173,11 +194,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m prime_jax.data.encode",
         description="Encode every text of a data folder that its embedding store is missing.",
     )
-    parser.add_argument("--data", type=Path, required=True, help="data folder with corpus.jsonl and splits")
+    parser.add_argument(
+        "--data", type=user_path, required=True, help="data folder with corpus.jsonl and splits"
+    )
     parser.add_argument(
         "--encoder", default=MINILM, help="minilm, a model folder, or package.module:attribute"
     )
-    parser.add_argument("--store", type=Path, help="root folder of stores; default: DIR/embeddings")
+    parser.add_argument("--store", type=user_path, help="root folder of stores; default: DIR/embeddings")
     parser.add_argument(
         "--dtype", choices=("float32", "float16"), help="of a new store; float16 takes half the room"
     )
@@ -214,6 +237,7 @@ def _run(options: argparse.Namespace) -> None:
     store = EmbeddingStore.open(
         options.store or options.data / STORE, encoder.identity, encoder.dim, options.dtype
     )
+    store.verify(again=False)
     new = len(store.missing(texts))
     started = time.perf_counter()
     encode_texts(texts, encoder, store)

@@ -135,9 +135,9 @@ class Extended(EmbeddingStore):
         """As the store."""
         self._store.add(texts, embeddings)
 
-    def verify(self) -> None:
+    def verify(self, *, again: bool = True) -> None:
         """As the store."""
-        self._store.verify()
+        self._store.verify(again=again)
 
 
 def mapped(path: Path) -> np.ndarray:

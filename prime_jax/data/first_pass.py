@@ -5,12 +5,13 @@ A first dense search with the query finds k passages; they stand in for the turn
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from prime_jax import files
 from prime_jax.data.store import EmbeddingStore
@@ -55,7 +56,8 @@ def first_pass(
     for array in (query_rows, corpus_rows, query_scope, corpus_scope, lengths, *exclude):
         digest.update(len(array).to_bytes(8, "little") + array.astype("<i8").tobytes())
     path = store.folder / FOLDER / f"{digest.hexdigest()[:32]}.safetensors"
-    if not path.exists():
+    found = _read(path, (len(query_rows), k), len(corpus_rows)) if path.exists() else None
+    if found is None:
         _, found = search(
             store[query_rows],
             store.part(corpus_rows),
@@ -64,19 +66,30 @@ def first_pass(
             query_scope=query_scope,
             corpus_scope=corpus_scope,
         )
-        with files.atomic_path(path) as temporary:
-            save_file({"found": found}, temporary)
-    return _best_last(_read(path, (len(query_rows), k), len(corpus_rows)))
+        with suppress(OSError), files.atomic_path(path) as temporary:  # a folder that is only read
+            save_file({"found": found}, temporary, {"sha256": _sha256(found)})
+    return _best_last(found)
 
 
-def _read(path: Path, shape: tuple[int, int], passages: int) -> Int[np.ndarray, "n k"]:
+def _read(path: Path, shape: tuple[int, int], passages: int) -> Int[np.ndarray, "n k"] | None:
+    """A kept result; None for one of an earlier version, which nothing vouches for."""
     try:
-        found = load_file(path)["found"]
+        with safe_open(path, "numpy") as kept:
+            found: np.ndarray = kept.get_tensor("found")
+            vouched = (kept.metadata() or {}).get("sha256")
     except (SafetensorError, KeyError):
         raise DataError(f"{path}: damaged; delete it and it will be made again") from None
+    if vouched is None:
+        return None
+    if vouched != _sha256(found):
+        raise DataError(f"{path}: damaged or changed; delete it and it will be made again")
     if found.shape != shape or found.dtype != np.int64 or found.min() < -1 or found.max() >= passages:
         raise DataError(f"{path}: not the first search of this data; delete it and it will be made again")
     return found
+
+
+def _sha256(found: Int[np.ndarray, "n k"]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(found).tobytes()).hexdigest()
 
 
 def _best_last(found: Int[np.ndarray, "n k"]) -> Int[np.ndarray, "n k"]:

@@ -39,10 +39,12 @@ def prepare(
         passage_prefix: Put before passages.
 
     Raises:
-        DataError: If a file breaks the contract or the store is damaged.
+        DataError: If a file breaks the contract, or a shard of the store is damaged, changed or holds NaN;
+            the message names it.
     """
     dataset = load_dataset(folder, splits)
     store = EmbeddingStore.open(store_folder or folder / STORE, encoder.identity, encoder.dim)
+    store.verify(again=False)
     texts = dataset_texts(dataset, query_prefix=query_prefix, passage_prefix=passage_prefix)
     encode_texts(texts, encoder, store)
     return dataset, store

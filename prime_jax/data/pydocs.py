@@ -103,7 +103,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m prime_jax.data.pydocs",
         description="Write the documentation installed on this machine as conversations (JSONL).",
     )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    parser.add_argument("--out", type=files.user_path, required=True, help="folder to write")
     parser.add_argument("--seed", type=int, default=0, help="which documents go to which split")
     options = parser.parse_args(argv)
     try:

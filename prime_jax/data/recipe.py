@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -17,6 +18,7 @@ from prime_jax import files
 from prime_jax.data.jsonl import parse
 from prime_jax.data.records import SPLITS, Example, Passage, as_line
 from prime_jax.errors import DataError
+from prime_jax.locks import owned
 from prime_jax.progress import progress
 
 STATE = ".recipe.json"
@@ -39,6 +41,7 @@ class RecipeWriter:
 
     Raises:
         DataError: If the folder holds other data.
+        ConfigError: If another process is writing there.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any]):
@@ -52,7 +55,8 @@ class RecipeWriter:
         for name in ("corpus", *SPLITS):
             if (out / f"{name}.jsonl").exists():
                 raise DataError(f"{out / name}.jsonl: is there already; remove it or write elsewhere")
-        out.mkdir(parents=True, exist_ok=True)
+        self._held = ExitStack()
+        self._held.enter_context(owned(out, "a data folder"))
         if (out / STATE).exists():
             self._go_on(files.read_json(out / STATE, DataError))
         else:
@@ -118,6 +122,7 @@ class RecipeWriter:
         text = f"{source}\n\nLicence of the data: {licence}\n\nMade of\n\n{given}\nHolds\n\n{counts}{left}"
         files.write_text(self._out / "SOURCE.md", text)
         (self._out / STATE).unlink(missing_ok=True)
+        self._held.close()
 
     def summary(self) -> str:
         """A line for every count."""

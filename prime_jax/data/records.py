@@ -18,6 +18,7 @@ from typing import Any
 from prime_jax import files
 from prime_jax.data.jsonl import read_lines, text_list, text_value
 from prime_jax.errors import DataError
+from prime_jax.locks import owned
 
 SPLITS = ("train", "dev", "test")
 
@@ -117,11 +118,13 @@ def write_dataset(folder: Path, dataset: Dataset) -> None:
 
     Raises:
         DataError: If the folder holds a split that the dataset does not have: it would no longer fit.
+        ConfigError: If another process is writing there.
     """
     for name in SPLITS:
         if name not in dataset.splits and (folder / f"{name}.jsonl").exists():
             raise DataError(f"{folder / name}.jsonl: belongs to other data; remove it or write elsewhere")
     with ExitStack() as stack:
+        stack.enter_context(owned(folder, "a data folder"))
         for name, rows in [("corpus", dataset.corpus), *dataset.splits.items()]:
             temporary = stack.enter_context(files.atomic_path(folder / f"{name}.jsonl"))
             with temporary.open("w", encoding="utf-8", newline="\n") as stream:

@@ -268,6 +268,13 @@ def _check_split(steering: Steering, split: str, pairs: int) -> None:
         raise DataError(
             f"{steering.folder}/steering_{split}.npy: has the shape {vectors.shape}, not {shape}; {AGAIN}"
         )
+    for start in range(0, pairs, _CHUNK):
+        finite = np.isfinite(vectors[start : start + _CHUNK]).all(axis=(1, 2))
+        if not finite.all():
+            raise DataError(
+                f"{steering.folder}/steering_{split}.npy: row {start + int(np.argmin(finite))} holds NaN or "
+                f"Inf; {AGAIN}"
+            )
     for what, (low, high) in limits.items():
         values: np.ndarray = getattr(steering, what)(split)
         inside = (

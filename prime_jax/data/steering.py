@@ -301,7 +301,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m prime_jax.data.steering",
         description="Build clusters, steering and hard negatives for JASPER, or deal out a train split.",
     )
-    parser.add_argument("--data", type=Path, required=True, help="data folder with corpus.jsonl and splits")
+    parser.add_argument(
+        "--data", type=files.user_path, required=True, help="data folder with corpus.jsonl and splits"
+    )
     parser.add_argument(
         "--encoder", default=MINILM, help="minilm, a model folder, or package.module:attribute"
     )
@@ -316,11 +318,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--keywords", type=int, default=KEYWORDS, help="words of a question that count at most"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, help="default: DIR/steering")
-    parser.add_argument("--store", type=Path, help="root folder of stores; default: DIR/embeddings")
+    parser.add_argument("--out", type=files.user_path, help="default: DIR/steering")
+    parser.add_argument(
+        "--store", type=files.user_path, help="root folder of stores; default: DIR/embeddings"
+    )
     parser.add_argument("--query-prefix", default="", help="put before queries and turns (E5, BGE)")
     parser.add_argument("--passage-prefix", default="", help="put before passages (E5)")
-    parser.add_argument("--split-into", type=Path, metavar="OUTDIR", help="write train, dev and test there")
+    parser.add_argument(
+        "--split-into", type=files.user_path, metavar="OUTDIR", help="write train, dev and test there"
+    )
     parser.add_argument(
         "--shares", type=float, nargs=3, default=(0.8, 0.1, 0.1), metavar="S", help="of these"
     )

@@ -14,8 +14,7 @@ Rows are numbered through the shards in order and never move, so a row found tod
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +25,10 @@ from jaxtyping import Int
 from safetensors.numpy import save_file
 
 from prime_jax import files
+from prime_jax.data.shards import Shard, check_shards
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
+from prime_jax.locks import locked
 
 INDEX = "index.json"
 DType = Literal["float32", "float16"]
@@ -98,11 +99,12 @@ class EmbeddingStore:
                 truncated or not a shard of this store. The message names the file.
         """
         path = _home(folder, identity) / INDEX
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(path.parent):
-            if not path.exists():
-                new = _Index(identity=identity, dim=dim, dtype=dtype or "float32")
-                files.write_json(path, new.written())
+        if not path.exists():  # otherwise the folder may be one that can only be read
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with locked(path.parent):
+                if not path.exists():
+                    new = _Index(identity=identity, dim=dim, dtype=dtype or "float32")
+                    files.write_json(path, new.written())
         index = _read_index(path)
         if index.identity != identity:
             raise DataError(f"{path}: holds embeddings of encoder {index.identity!r}, not of {identity!r}")
@@ -230,7 +232,7 @@ class EmbeddingStore:
         position_of: dict[bytes, int] = {}
         for position, text in enumerate(texts):
             position_of.setdefault(text_key(text), position)
-        with _locked(self.folder):
+        with locked(self.folder):
             self._follow(_read_index(self.folder / INDEX))
             fresh = {key: at for key, at in position_of.items() if key not in self._row}
             if fresh:
@@ -239,17 +241,18 @@ class EmbeddingStore:
                 files.write_json(self.folder / INDEX, index.written())
                 self._follow(index)
 
-    def verify(self) -> None:
-        """Read every shard and compare its SHA-256 with the index.
+    def verify(self, *, again: bool = True) -> None:
+        """Read every shard, compare its SHA-256 with the index, and look for NaN and Inf.
+
+        Args:
+            again: Read also what was found whole before and did not change since (`prime_jax.data.shards`).
 
         Raises:
-            DataError: If one differs; the message names it.
+            DataError: If a shard is not as it was written; the message names file and row.
         """
-        for shard in self._index.shards:
-            if files.sha256(self.folder / shard.file) != shard.sha256:
-                raise DataError(
-                    f"{self.folder / shard.file}: damaged or changed, its SHA-256 differs from {INDEX}"
-                )
+        listed = zip(self._index.shards, self._maps, self._starts, strict=True)
+        shards = [Shard(self.folder / one.file, one.sha256, rows, start) for one, rows, start in listed]
+        check_shards(self.folder, shards, again=again)
 
     def _write_shard(self, keys: list[bytes], embeddings: npt.NDArray[np.float32]) -> _Shard:
         name = f"shard-{len(self._index.shards):05d}.safetensors"
@@ -355,19 +358,6 @@ def _place(entry: dict[str, Any], dtype: str, shape: list[int], available: int) 
     if entry["dtype"] != dtype or entry["shape"] != shape or not fits:
         raise ValueError(entry)
     return int(begin)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Let one process at a time change `folder` (no lock on systems without fcntl, such as Windows)."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / ".lock").open("w") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
 
 
 def _quote(text: str) -> str:

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prime_jax.errors import PredictorError
+from prime_jax.files import user_path
 from prime_jax.retrieval import INDEXES
 
 
@@ -21,12 +22,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run folder, or one checkpoint"
+        "--run", type=user_path, required=True, metavar="DIR", help="run folder, or one checkpoint"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data folder (docs/data.md)")
+    parser.add_argument(
+        "--data", type=user_path, required=True, metavar="DIR", help="data folder (docs/data.md)"
+    )
     parser.add_argument("--split", default="test", help="split to measure on (default: test)")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the report is written")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument(
+        "--out", type=user_path, required=True, metavar="DIR", help="where the report is written"
+    )
+    parser.add_argument("--store", type=user_path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and permutation test (default: 0)")
     parser.add_argument(
         "--index",
@@ -50,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             given.split,
             given.out,
             store=given.store,
+            encoder=given.encoder,
             seed=given.seed,
             ablation=given.ablation,
             index=given.index,

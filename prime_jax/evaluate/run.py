@@ -24,6 +24,7 @@ from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.reliability import Judged
 from prime_jax.evaluate.report import Texts, write_report
 from prime_jax.evaluate.steering import check_not_steered, steer, steering_facts
+from prime_jax.locks import owned
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
 from prime_jax.predict.text import encoder_of
@@ -46,6 +47,7 @@ def evaluate_run(
     ablation: bool = False,
     index: IndexKind = "exact",
     steering: str | None = None,
+    encoder: Encoder | str | None = None,
 ) -> dict[str, Any]:
     """Measure a run on a split beside tuned baselines, write the report and return what report.json holds.
 
@@ -54,32 +56,34 @@ def evaluate_run(
         data: Data folder in the JSONL contract; its train and dev fit and tune the baselines.
         split: The split to measure on.
         out: Where the report is written.
-        store: Embedding store; None means the run's, or `embeddings/` in the data folder.
+        store: Embedding store; None means the run's where it is there, or `embeddings/` in the data folder.
         seed: Seed of the bootstrap and the permutation test.
         ablation: Measure the model with parts of it taken away, too.
         index: What searches (`prime_jax.retrieval.indexes`); all but `exact` need the extra `search`.
         steering: Of a steered model: the variant to measure with; None means that of its training.
+        encoder: Embeds texts (`prime_jax.load`); needed where the run's encoder is code.
 
     Raises:
         CheckpointError: If the run is missing or damaged.
-        ConfigError: If it carries no configuration to encode texts by.
+        ConfigError: If it carries no configuration to encode texts by, names an encoder that is code and that
+            `encoder` does not name, or another evaluation writes to `out`.
         DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
     """
-    predictor = load(run, precision="float32")  # the same figures on every machine
-    wanted = tuple(dict.fromkeys((*_TUNING, split)))
-    opened = open_data(predictor, run, data, wanted, store=store, steering=steering)
-    dataset, embedded, encoder, source = opened
-    turns = not (predictor.config and predictor.config.steered)
-    splits = split_arrays(dataset, embedded, encoder, source, turns=turns)
-    test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
-    predicted = predictor.predict(test.context, test.query, test.mask)
-    with ExitStack() as opened_indexes:
+    with ExitStack() as opened:
+        opened.enter_context(owned(out, "a report", lock=out / ".report.lock"))
 
         def searchable(embeddings: Rows) -> Corpus:
-            return Corpus(
-                embeddings, scope, opened_indexes.enter_context(open_index(index, embeddings, scope))
-            )
+            return Corpus(embeddings, scope, opened.enter_context(open_index(index, embeddings, scope)))
 
+        predictor = load(run, precision="float32", encoder=encoder)  # the same figures on every machine
+        wanted = tuple(dict.fromkeys((*_TUNING, split)))
+        dataset, embedded, used, source = open_data(
+            predictor, run, data, wanted, store=store, steering=steering
+        )
+        turns = not (predictor.config and predictor.config.steered)
+        splits = split_arrays(dataset, embedded, used, source, turns=turns)
+        test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
+        predicted = predictor.predict(test.context, test.query, test.mask)
         evaluation = evaluate_methods(
             split,
             test,
@@ -93,12 +97,12 @@ def evaluate_run(
             judged=_judged(predictor, test, predicted),
             ablated=ablated(predictor, test, seed) if ablation else None,
         )
-    facts = {
-        "index": index,
-        **steering_facts(predictor, steering),
-        **_facts(predictor.info(), dataset, embedded, encoder),
-    }
-    return write_report(out, evaluation, _texts(dataset, split), facts)
+        facts = {
+            "index": index,
+            **steering_facts(predictor, steering),
+            **_facts(predictor.info(), dataset, embedded, used),
+        }
+        return write_report(out, evaluation, _texts(dataset, split), facts)
 
 
 def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged | None:
@@ -137,7 +141,7 @@ def open_data(
         run: For messages.
         data: Data folder in the JSONL contract.
         splits: Which splits to open.
-        store: Embedding store; None means the run's, or `embeddings/` in the data folder.
+        store: Embedding store; None means the run's where it is there, or `embeddings/` in the data folder.
         steering: Of a steered model: the variant that takes the place of the turns.
 
     Raises:
@@ -155,7 +159,9 @@ def open_data(
         )
     passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
-    folder = store or (Path(source.store) if source.store else None)
+    folder = store
+    if folder is None and source.store and Path(source.store).is_dir():
+        folder = Path(source.store)  # what a run's configuration names is used, never made
     dataset, embeddings = prepare(data, splits, encoder, store_folder=folder, **prefixes)
     embedded = embed_dataset(
         dataset,

@@ -3,13 +3,13 @@
 import sys
 from argparse import ArgumentParser
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from prime_jax.errors import PredictorError
+from prime_jax.files import user_path
 
 SHOWN = 3  # subspaces in the console's table
 
@@ -22,9 +22,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--run", type=Path, required=True, metavar="DIR", help="run folder of a steered model"
+        "--run", type=user_path, required=True, metavar="DIR", help="run folder of a steered model"
     )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data folder (docs/data.md)")
+    parser.add_argument(
+        "--data", type=user_path, required=True, metavar="DIR", help="data folder (docs/data.md)"
+    )
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
+    )
     parser.add_argument("--question", action="append", metavar="TEXT", help="explain this; may be repeated")
     parser.add_argument("--steer", metavar="TEXT", help="steer towards this text instead of a variant")
     parser.add_argument("--split", default="dev", help="without --question: explain its first ones (dev)")
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="VARIANT",
         help="zero, keyword, residual, predicted (default: the run's), or centroid, which leaks the answer",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="write explanations.html and .json here")
+    parser.add_argument("--out", type=user_path, metavar="DIR", help="write explanations.html and .json here")
     given = parser.parse_args(argv)
     try:
         from prime_jax.explain.run import explain_run
@@ -48,6 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             steering=given.steering,
             steer_towards=given.steer,
             out=given.out,
+            encoder=given.encoder,
         )
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax explain: {mistake}", file=sys.stderr)

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float32
 
-from prime_jax.data.encode import encode_texts
+from prime_jax.data.encode import Encoder, encode_texts
 from prime_jax.data.steered import LEAKY, ZERO
 from prime_jax.errors import ConfigError
 from prime_jax.evaluate.run import OpenedData, open_data
@@ -16,6 +16,7 @@ from prime_jax.explain.explanation import Explanation
 from prime_jax.explain.known import KnownPairs
 from prime_jax.explain.page import page
 from prime_jax.files import write_json, write_text
+from prime_jax.locks import owned
 from prime_jax.models.subspace import DecomposedJasperPredictor
 from prime_jax.predict.predictor import Predictor, load
 from prime_jax.retrieval.vectors import unit
@@ -35,6 +36,7 @@ def explain_run(
     steering: str | None = None,
     steer_towards: str | None = None,
     out: Path | None = None,
+    encoder: Encoder | str | None = None,
 ) -> list[Explanation]:
     """Explain predictions of a run, and write them as a page and as JSON.
 
@@ -48,12 +50,13 @@ def explain_run(
             what `steer_towards` says.
         steer_towards: Steer every question towards this text.
         out: Where explanations.html and explanations.json are written; None writes nothing.
+        encoder: Embeds texts (`prime_jax.load`); needed where the run's encoder is code.
 
     Raises:
         ConfigError: If the run's model takes no steering, or there is nothing to explain.
         DataError: If the data or its steering is not as it should be.
     """
-    predictor = load(run, precision="float32")
+    predictor = load(run, precision="float32", encoder=encoder)
     if predictor.config is None or not predictor.config.steered:
         raise ConfigError(
             f"{run}: only runs of a steered model (model.kind jasper or subspace) are explained"
@@ -81,7 +84,6 @@ def explain_run(
     explainer.usual = explainer.usual_of(usual_questions, steered(usual_questions, usual_steering))
     found = explainer.explain_batch(asked, steered(asked, given), texts=texts)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
         told = f"towards “{steer_towards}”" if steer_towards else "nowhere" if variant == ZERO else variant
         if variant in LEAKY:
             told += ", which is made from the right answers"
@@ -89,10 +91,10 @@ def explain_run(
             f"{run.name}: {predictor.config.model.kind} model, steered: {told}. What is usual was measured "
             f"on {len(usual_questions):,} questions of dev, steered in the same way."
         )
-        write_text(
-            out / "explanations.html", page(found, title=f"{len(found)} explained predictions", note=note)
-        )
-        write_json(out / "explanations.json", [explanation.to_json() for explanation in found])
+        with owned(out, "explanations", lock=out / ".explanations.lock"):
+            written = page(found, title=f"{len(found)} explained predictions", note=note)
+            write_text(out / "explanations.html", written)
+            write_json(out / "explanations.json", [explanation.to_json() for explanation in found])
     return found
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import ExportError, PredictorError
+from prime_jax.files import user_path
+from prime_jax.locks import owned
 
 PASSWORD = "PRIME_SIGN_PASSWORD"
 
@@ -19,7 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.out = given.out.resolve()  # "." has no name to write beside
     try:
         _check(given)
-        parity = _export(given)
+        with owned(given.out, "a bundle", lock=given.out.with_name(f".{given.out.name}.export.lock")):
+            parity = _export(given)
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax export: {mistake}", file=sys.stderr)
         return 2
@@ -30,21 +33,32 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> ArgumentParser:
     parser = ArgumentParser("python -m prime_jax.export", description=__doc__, allow_abbrev=False)
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--run", type=Path, metavar="DIR", help="run folder, one checkpoint, or a bundle")
-    source.add_argument("--torch", type=Path, metavar="FILE", help="weights trained in PyTorch instead")
-    parser.add_argument("--like", type=Path, metavar="DIR", help="with --torch: bundle to take config from")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="bundle folder to write")
+    source.add_argument(
+        "--run", type=user_path, metavar="DIR", help="run folder, one checkpoint, or a bundle"
+    )
+    source.add_argument("--torch", type=user_path, metavar="FILE", help="weights trained in PyTorch instead")
+    parser.add_argument(
+        "--like", type=user_path, metavar="DIR", help="with --torch: bundle to take config from"
+    )
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="bundle folder to write")
     parser.add_argument("--precision", default="fp32", metavar="LIST", help="of fp32,fp16,int8")
     parser.add_argument("--opset", type=int, default=20, help="ONNX operators, 17 to 23 (default: 20)")
     parser.add_argument("--state-dict", action="store_true", help="add model.pt beside model.safetensors")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data to measure on (default: the run's)")
-    parser.add_argument("--store", type=Path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument(
+        "--data", type=user_path, metavar="DIR", help="data to measure on (default: the run's)"
+    )
+    parser.add_argument("--store", type=user_path, metavar="DIR", help="embedding store (default: the run's)")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
+    )
     parser.add_argument("--max-loss", type=float, default=0.01, help="of R@10 in fp16, int8 (default: 0.01)")
     parser.add_argument("--allow-loss", action="store_true", help="write them even if they lose more")
     parser.add_argument("--model-version", help="semantic version (default: the bundle's, or 1.0.0)")
     parser.add_argument("--licence", metavar="TEXT", help="terms of the weights, for the model card")
-    parser.add_argument("--sign", type=Path, metavar="KEY", help=f"private key; password in ${PASSWORD}")
-    parser.add_argument("--triton", type=Path, metavar="DIR", help="also write a Triton model repository")
+    parser.add_argument("--sign", type=user_path, metavar="KEY", help=f"private key; password in ${PASSWORD}")
+    parser.add_argument(
+        "--triton", type=user_path, metavar="DIR", help="also write a Triton model repository"
+    )
     return parser
 
 
@@ -54,8 +68,10 @@ def _check(given: Namespace) -> None:
         raise ExportError(f"--max-loss must be a number, not {given.max_loss}")
     if given.torch is None and given.like is not None:
         raise ExportError("--like goes with --torch; a run knows its own config")
-    if given.torch is not None and (given.data or given.store or given.precision != "fp32"):
-        raise ExportError("--data, --store and --precision go with --run; weights alone cannot be judged")
+    if given.torch is not None and (given.data or given.store or given.encoder or given.precision != "fp32"):
+        raise ExportError(
+            "--data, --store, --encoder and --precision go with --run; weights alone cannot be judged"
+        )
     if given.triton is None:
         return
     if given.triton.is_file():
@@ -72,7 +88,7 @@ def _export(given: Namespace) -> dict[str, Any]:
     from prime_jax.manifest import FIRST_VERSION
     from prime_jax.predict.predictor import load
 
-    predictor = None if given.run is None else load(given.run, precision="float32")
+    predictor = None if given.run is None else load(given.run, precision="float32", encoder=given.encoder)
     known = {} if predictor is None else predictor.info()
     options = Options(
         precisions=parse_precisions(given.precision),

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from prime_jax.config import load_stored_config
 from prime_jax.errors import CheckpointError, ExportError, PredictorError
+from prime_jax.files import user_path
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest
 from prime_jax.models import DEFAULT_KIND, AnyConfig
 from prime_jax.models.bundle import KIND as BUNDLE
@@ -23,7 +24,7 @@ from prime_jax.train import checkpoints
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 on success, 2 for a user's mistake."""
     parser = ArgumentParser("prime-jax inspect", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="run folder, checkpoint, or bundle")
+    parser.add_argument("folder", type=user_path, metavar="DIR", help="run folder, checkpoint, or bundle")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     given = parser.parse_args(argv)
     try:

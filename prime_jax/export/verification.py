@@ -10,11 +10,12 @@ from typing import Any
 from prime_jax.errors import CheckpointError, ExportError, PredictorError
 from prime_jax.export.interface import torch_source
 from prime_jax.export.signing import verify_signature
+from prime_jax.files import user_path
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest, verify_manifest
 from prime_jax.models.bundle import KIND as BUNDLE
 from prime_jax.models.bundle import read_config, read_tensors
 from prime_jax.train.checkpoints import KIND as CHECKPOINT
-from prime_jax.train.checkpoints import list_checkpoints
+from prime_jax.train.checkpoints import check_restorable, list_checkpoints
 
 RUNTIME = "torch_runtime.py"
 ROOM = 1e-4  # that a processor which rounds in another order may take from float32
@@ -24,14 +25,16 @@ ROOM_IN_COSINE = 1e-3  # the same for lower precisions, beside what was measured
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; 0 if everything holds, 1 if something does not, 2 for a user's mistake."""
     parser = ArgumentParser("prime-jax verify", description=__doc__, allow_abbrev=False)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="bundle, checkpoint, or run folder")
+    parser.add_argument("folder", type=user_path, metavar="DIR", help="bundle, checkpoint, or run folder")
     parser.add_argument("--run-onnx", action="store_true", help="repeat the golden requests in ONNX Runtime")
     parser.add_argument(
         "--run-torch",
         action="store_true",
         help="repeat them in PyTorch; code of the bundle that is not ours runs only with --public-key",
     )
-    parser.add_argument("--public-key", type=Path, metavar="KEY", help="check the signature with this key")
+    parser.add_argument(
+        "--public-key", type=user_path, metavar="KEY", help="check the signature with this key"
+    )
     given = parser.parse_args(argv)
     try:
         for line in verify(given.folder, given.public_key, onnx=given.run_onnx, torch=given.run_torch):
@@ -49,6 +52,8 @@ def verify(
     folder: Path, public_key: Path | None = None, *, onnx: bool = False, torch: bool = False
 ) -> Iterator[str]:
     """Check a bundle, a checkpoint, or all checkpoints of a run; yield a line for each check that holds.
+
+    What a checkpoint holds is read back, too, as resuming and predicting would.
 
     Args:
         folder: What to check.
@@ -77,6 +82,8 @@ def verify(
         f"{size:,} bytes, every SHA-256 as in {MANIFEST}"
     )
     yield from _signature(folder, public_key)
+    if kind == CHECKPOINT:
+        yield f"{folder}: {', '.join(check_restorable(folder))} restored"
     if (onnx or torch) and kind != BUNDLE:
         raise ExportError(f"{folder}: is a {kind}; golden requests are in bundles only")
     if onnx:

@@ -35,7 +35,7 @@ from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_
 from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms
-from prime_jax.predict.text import Contexts, Queries, TextPaths
+from prime_jax.predict.text import Contexts, Queries, TextPaths, named_encoder
 from prime_jax.predict.weights import DType
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints
@@ -45,7 +45,11 @@ Program = Callable[..., Any]
 
 
 def load(
-    path: str | Path, *, precision: Precision = "auto", batch_sizes: Sequence[int] = BATCH_SIZES
+    path: str | Path,
+    *,
+    precision: Precision = "auto",
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    encoder: Encoder | str | None = None,
 ) -> "Predictor":
     """Open a predictor: a run folder (its best checkpoint), one checkpoint folder, or an exported bundle.
 
@@ -55,6 +59,8 @@ def load(
         path: The folder.
         precision: See `Predictor`.
         batch_sizes: See `Predictor`.
+        encoder: Embeds texts, by itself or by the name that `--encoder` takes. Code that only the run's own
+            config.yaml names is never run.
 
     Raises:
         CheckpointError: If nothing usable is there, or a file is missing or damaged; the message names it.
@@ -69,7 +75,7 @@ def load(
     else:
         model, config, checkpoint, head = checkpoints.load_model(folder)
         source, told = checkpoint.folder, dict(checkpoint.facts)
-    return Predictor(
+    predictor = Predictor(
         model,
         config=config,
         facts={"source": str(source), **told},
@@ -78,6 +84,8 @@ def load(
         target_head=head,
         confidence=read_confidence(source, model.config.input_dim, model.config.output_dim),
     )
+    predictor.text_encoder = named_encoder(encoder, {"source": source, **told}, config)
+    return predictor
 
 
 class Predictor:
@@ -99,10 +107,13 @@ class Predictor:
         config: Configuration of the run it comes from, or None.
         target_head: As given; where there is one, the memory must be mapped by `map_memory`.
         confidence: As given.
+        text_encoder: What `load` was given for texts, or None.
 
     Raises:
         PredictorError: For an unknown precision or a batch size that is none.
     """
+
+    text_encoder: Encoder | None = None
 
     def __init__(
         self,
@@ -139,11 +150,7 @@ class Predictor:
 
     @classmethod
     def from_model(
-        cls,
-        model: Model,
-        *,
-        precision: Precision = "auto",
-        batch_sizes: Sequence[int] = BATCH_SIZES,
+        cls, model: Model, *, precision: Precision = "auto", batch_sizes: Sequence[int] = BATCH_SIZES
     ) -> "Predictor":
         """Serve a model that is already in memory."""
         return cls(model, precision=precision, batch_sizes=batch_sizes)
@@ -175,7 +182,9 @@ class Predictor:
         answer: Vectors = rows[0] if single else rows
         return answer
 
-    def predict_text(self, context: Contexts, query: Queries, *, encoder: Encoder | None = None) -> Vectors:
+    def predict_text(
+        self, context: Contexts, query: Queries, *, encoder: Encoder | str | None = None
+    ) -> Vectors:
         """Predict from texts, encoder and predictor in one program (`TextPaths` says more)."""
         return self._texts(context, query, encoder)
 

@@ -5,7 +5,7 @@ combination that occurs. Encoders that are not ours run by themselves, before th
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +16,16 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.config import Config
+from prime_jax.data.encode import Encoder, load_encoder, names_code
 from prime_jax.data.tokens import BUCKETS
-from prime_jax.errors import ConfigError, PredictorError
+from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.models.jasper import SteeredConfig
 from prime_jax.nn.bert import Pooling
 from prime_jax.predict.passes import forward_pass
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts, embedded
 from prime_jax.pretrained.pair import FOLDER, PairedEncoder, is_pair, load_pair
+from prime_jax.train.checkpoints import CONFIG
 
 if TYPE_CHECKING:
     from prime_jax.predict.predictor import Predictor
@@ -35,12 +37,16 @@ Queries = str | Sequence[str]
 
 
 def encoder_of(predictor: "Predictor") -> Encoder:
-    """The encoder of a predictor's texts: those trained with it, else the one its configuration names.
+    """The encoder of a predictor's texts.
+
+    That is the one it was loaded with, or those trained with it, or the one its configuration names.
 
     Raises:
-        ConfigError: If it carries neither.
+        ConfigError: If there is none, or the configuration names code (`load(run, encoder=...)` does).
         DataError: If the encoder's folder is incomplete or damaged.
     """
+    if predictor.text_encoder is not None:
+        return predictor.text_encoder
     source = predictor.info().get("source")
     if source and is_pair(Path(source) / FOLDER):
         return load_pair(Path(source) / FOLDER)
@@ -49,7 +55,36 @@ def encoder_of(predictor: "Predictor") -> Encoder:
             "this predictor carries no encoder and does not name one; give predict_text an encoder"
         )
     named = predictor.config.data
-    return load_encoder(named.encoder, named.encoder_precision)
+    return load_encoder(named.encoder, named.encoder_precision, stored_in=Path(source or "model") / CONFIG)
+
+
+def load_as_trained(name: str, config: Config | None) -> Encoder:
+    """The encoder that a user names, in the precision that the model's data was encoded with."""
+    if config is None or names_code(name):
+        return load_encoder(name)
+    return load_encoder(name, config.data.encoder_precision)
+
+
+def named_encoder(
+    encoder: Encoder | str | None, facts: Mapping[str, Any], config: Config | None = None
+) -> Encoder | None:
+    """The encoder that a user gives or names for a model whose manifest holds `facts`.
+
+    Raises:
+        ConfigError: If there is no such encoder.
+        DataError: If the model was trained with another one.
+    """
+    if encoder is None:
+        return None
+    found = load_as_trained(encoder, config) if isinstance(encoder, str) else encoder
+    trained = facts.get("encoder", found.identity)
+    if trained != found.identity:
+        raise DataError(
+            f"{facts.get('source', 'the model')}: was trained on embeddings of {trained}, but the encoder "
+            f"{encoder if isinstance(encoder, str) else 'given'} is {found.identity}; vectors of different "
+            "encoders cannot be compared"
+        )
+    return found
 
 
 class TextPaths:
@@ -59,17 +94,18 @@ class TextPaths:
         self._predictor = predictor
         self._own: TextPath | None = None
         self._given: tuple[Encoder, TextPath] | None = None
+        self._named: dict[str, TextPath] = {}
         self._preparing = threading.Lock()
 
     def __call__(
-        self, context: Contexts, query: Queries, encoder: Encoder | None
+        self, context: Contexts, query: Queries, encoder: Encoder | str | None
     ) -> Float[np.ndarray, "*a E"]:
         """Predict from texts.
 
         Args:
             context: The turns so far, oldest first; or such a list for every request.
             query: The query, or one for every request.
-            encoder: Embeds them; None means the one trained with the predictor, or the one its run names.
+            encoder: Embeds them, by itself or by name (`load_encoder`); None means `encoder_of`.
 
         Returns:
             Unit-norm float32 vectors to search with, `[E]`, or `[B, E]` for a list of queries.
@@ -83,8 +119,14 @@ class TextPaths:
         rows = self._path(encoder).predict(contexts, queries)
         return rows[0] if single else rows
 
-    def _path(self, encoder: Encoder | None) -> "TextPath":
+    def _path(self, encoder: Encoder | str | None) -> "TextPath":
         with self._preparing:
+            if isinstance(encoder, str):
+                if encoder not in self._named:
+                    self._named = {
+                        encoder: TextPath(self._predictor, load_as_trained(encoder, self._predictor.config))
+                    }
+                return self._named[encoder]
             if encoder is None:
                 self._own = self._own or TextPath(self._predictor)
                 return self._own

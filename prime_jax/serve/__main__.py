@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         listening = _bind(settings.host, settings.port)
         console.print(f"Loading {settings.run}")
-        predictor = load(settings.run, precision=settings.precision)
+        predictor = load(settings.run, precision=settings.precision, encoder=settings.encoder)
         app = build_app(predictor, settings)
     except PredictorError as mistake:
         print(f"prime-jax serve: {mistake}", file=sys.stderr)

@@ -27,6 +27,9 @@ class ServeSettings(BaseSettings):
     )
 
     run: Path = Field(description="run folder, checkpoint folder or bundle")
+    encoder: str | None = Field(
+        default=None, description="encoder that clients use; refused if the run was trained with another one"
+    )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

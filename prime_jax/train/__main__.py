@@ -4,10 +4,10 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from pathlib import Path
 
 from prime_jax.config import read_config, to_yaml
 from prime_jax.errors import ConfigError, PredictorError
+from prime_jax.files import user_path
 
 CONFIG = "config.yaml"
 SETTINGS = """settings:
@@ -25,9 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with settings")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="run folder: checkpoints, history, curves")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="YAML file with settings")
+    parser.add_argument(
+        "--out", type=user_path, metavar="DIR", help="run folder: checkpoints, history, curves"
+    )
     parser.add_argument("--resume", action="store_true", help="go on where the run in --out stopped")
+    parser.add_argument(
+        "--encoder", metavar="NAME", help="as --data.encoder; --resume needs it where the run's is code"
+    )
     parser.add_argument("--profile", action="store_true", help="write a trace of a few steps to OUT/profile")
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="first of several processes, if not found")
     parser.add_argument("--num-processes", type=int, metavar="N", help="how many processes there are")
@@ -35,8 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--print-config", action="store_true", help="print the settings as YAML and stop")
     given, settings = parser.parse_known_args(argv)
     try:
+        if given.encoder is not None:
+            settings += ["--data.encoder", given.encoder]
         stored = given.out / CONFIG if given.resume and given.out else None
-        config = read_config(given.config or stored, settings)
+        config = read_config(given.config or stored, settings, stored=given.config is None)
         if given.print_config:
             print(to_yaml(config), end="")
             return 0

@@ -9,7 +9,7 @@ With several processes all of them write arrays, each its own shards; the first 
 import shutil
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +32,8 @@ from prime_jax.models.subspace import CENTROIDS
 from prime_jax.nn.target_head import initial_head
 from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.train.collective import barrier, is_main
+from prime_jax.train.items import read_item, read_item_here
+from prime_jax.train.plain_paths import plain_path
 from prime_jax.train.state import MODEL, TrainState, pure_params
 
 Table = Int32[np.ndarray, "n K"]
@@ -127,6 +129,7 @@ class Checkpoints:
         self._writing: Future[None] | None = None
         self._finisher = ThreadPoolExecutor(1, "checkpoint")
         self._manager: Any = None
+        self._opened_path = ExitStack()
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -142,6 +145,7 @@ class Checkpoints:
             if self._manager is not None:
                 with suppress(Exception):  # a failed write, which was told already
                     self._manager.close()
+            self._opened_path.close()
 
     def save(
         self,
@@ -206,7 +210,10 @@ class Checkpoints:
                 create=True,
                 async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
             )
-            self._manager = ocp.CheckpointManager(checkpoints_folder(self._run).absolute(), options=options)
+            folder = checkpoints_folder(self._run)
+            folder.mkdir(parents=True, exist_ok=True)
+            path = self._opened_path.enter_context(plain_path(folder))
+            self._manager = ocp.CheckpointManager(path, options=options)
         else:
             self._manager.reload()
         return self._manager
@@ -266,10 +273,10 @@ def restore(checkpoint: Checkpoint, like: TrainState) -> tuple[TrainState, Table
     """
     verify_manifest(checkpoint.folder, KIND)
     shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_tree(like))
-    tree = _read(checkpoint.folder / "state", shapes)
+    tree = read_item(checkpoint.folder / "state", shapes)
     negatives = None
     if (checkpoint.folder / "negatives").is_dir():
-        negatives = np.asarray(_read(checkpoint.folder / "negatives", None)["table"])
+        negatives = np.asarray(read_item(checkpoint.folder / "negatives", None)["table"])
     return TrainState(**{"average": None, "smoothed": None, **tree}), negatives
 
 
@@ -285,8 +292,24 @@ def restore_hybrid(checkpoint: Checkpoint, like: Any) -> Any | None:
     folder = checkpoint.folder / HYBRID
     if not folder.is_dir():
         return None
-    found = _read(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like)))
+    found = read_item(folder, jax.tree.map(ocp.utils.to_shape_dtype_struct, _by_name(like)))
     return jax.tree.unflatten(jax.tree.structure(like), [found[name] for name in _by_name(like)])
+
+
+def check_restorable(folder: Path) -> list[str]:
+    """Read everything that a checkpoint holds, as resuming and predicting would.
+
+    Returns:
+        Names of its items, such as `params` and `state`.
+
+    Raises:
+        CheckpointError: If an item cannot be restored; the message names it.
+    """
+    load_model(folder)
+    items = [name for name in ("params", "state", "negatives", HYBRID) if (folder / name).is_dir()]
+    for name in items[1:]:
+        read_item_here(folder / name)
+    return items
 
 
 class LoadedModel(NamedTuple):
@@ -324,7 +347,7 @@ def load_model(folder: Path) -> LoadedModel:
         like["target_head"] = jax.eval_shape(lambda: initial_head(config.model.output_dim))
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), like)
-    params = _read(checkpoint.folder / "params", like)
+    params = read_item(checkpoint.folder / "params", like)
     model = nnx.merge(nnx.split(model)[0], _cast(params[MODEL], "float32"))
     return LoadedModel(model, config, checkpoint, params.get("target_head"))
 
@@ -342,14 +365,6 @@ def _for_inference(state: TrainState, dtype: DTypeLike) -> dict[str, Any]:
     if state.target_head is not None:
         needed["target_head"] = state.target_head
     return needed
-
-
-def _read(folder: Path, like: Any) -> Any:
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder.absolute(), like)
-    except Exception as failed:  # Orbax and TensorStore raise many kinds
-        raise CheckpointError(f"{folder}: cannot be restored into this model: {failed}") from failed
 
 
 def _as_tree(state: TrainState) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from prime_jax.config import Config, to_yaml
 from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
+from prime_jax.locks import Ownership
 from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
@@ -63,34 +64,35 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
         profile: Write a trace of a few steps to `out`/profile, for TensorBoard or Perfetto.
 
     Raises:
-        ConfigError: If settings contradict each other, the data, the run folder or the memory.
+        ConfigError: If settings contradict each other, the data, the run folder or the memory, or another
+            process trains in that folder.
         DataError: If the data is not as it should be.
         CheckpointError: If the run folder cannot be read or written; what was complete before stays so.
         PredictorError: If the loss is no longer a finite number.
     """
     setup.check_folder(config, out, resume)
-    prepared = setup.prepared(config)
-    try:
-        run = _Run(config, out, prepared)
-        if resume:
-            run.restore()
-        else:
-            run.begin()
-        if is_main():
-            write_text(out / checkpoints.CONFIG, to_yaml(config))
-        return run.run(profile=profile)
-    except OSError as failed:
-        raise CheckpointError(f"{out}: cannot be written ({failed}); {_kept(out)}") from failed
-    except jax.errors.JaxRuntimeError as failed:
-        if "RESOURCE_EXHAUSTED" not in str(failed):
-            raise
-        raise explain_exhausted(failed, config) from failed
+    with setup.held(out) as holding:
+        setup.check_folder(config, out, resume)  # another run may have ended here in between
+        prepared = setup.prepared(config)
+        try:
+            run = _Run(config, out, prepared, holding)
+            (run.restore if resume else run.begin)()
+            if is_main():
+                write_text(out / checkpoints.CONFIG, to_yaml(config))
+            return run.run(profile=profile)
+        except OSError as failed:
+            raise CheckpointError(f"{out}: cannot be written ({failed}); {_kept(out)}") from failed
+        except jax.errors.JaxRuntimeError as failed:
+            if "RESOURCE_EXHAUSTED" not in str(failed):
+                raise
+            raise explain_exhausted(failed, config) from failed
 
 
 class _Run:
     """One run in progress: its program, its data, its files."""
 
-    def __init__(self, config: Config, out: Path, prepared: setup.Prepared):
+    def __init__(self, config: Config, out: Path, prepared: setup.Prepared, holding: Ownership | None = None):
+        self.holding = holding
         settings, (data, facts, steering, texts, watching) = config.train, prepared
         self.config, self.out, self.data, self.facts, self.texts = config, out, data, facts, texts
         batch_size, positives = settings.batch_size, settings.positives
@@ -352,6 +354,8 @@ class _Run:
         return found
 
     def _save(self, step: int, found: Validated, *, watched: bool = True) -> None:
+        if self.holding is not None:
+            self.holding.check()
         facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
         facts["select_by"] = self.config.train.select_by
         with ExitStack() as written:

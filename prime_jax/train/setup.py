@@ -1,6 +1,7 @@
 """Everything that is checked and gathered before the first step of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,15 +18,17 @@ from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import STEERING, Steering, open_steering, steered
-from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.errors import CheckpointError, ConfigError, PredictorError
 from prime_jax.hybrid.settings import HybridConfig
+from prime_jax.locks import Ownership, owned
 from prime_jax.losses.jasper import ROUTING_COMPONENTS, JasperLossConfig
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.subspace import SubspaceConfig
 from prime_jax.train import checkpoints
-from prime_jax.train.collective import in_turn, say
+from prime_jax.train.collective import any_process, in_turn, is_main, say
 from prime_jax.train.encoders import encoders_trained, trainable
 from prime_jax.train.optim import warmup_steps
+from prime_jax.train.plain_paths import plain_path
 from prime_jax.train.reencoding import TrainedTexts
 from prime_jax.train.state import pure_params
 
@@ -54,6 +57,34 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
                 f"{out} was trained with {section}.{name} {before[name]!r}, not {now.get(name)!r}; "
                 "a resumed run keeps its settings"
             )
+
+
+@contextmanager
+def held(out: Path) -> Iterator[Ownership | None]:
+    """Hold a run folder while the block runs: the first process does, for all of a run.
+
+    Yields:
+        What to ask before writing; None in the other processes.
+
+    Raises:
+        ConfigError: In every process, if another run holds the folder; the first one says who.
+        CheckpointError: Likewise, if the folder cannot be written, or checkpoints in it could not be read.
+    """
+    with ExitStack() as opened:
+        holding: Ownership | None = None
+        refused: PredictorError | None = None
+        if is_main():
+            try:
+                holding = opened.enter_context(owned(out, "a training run"))
+                with plain_path(out):  # what could not be read again is not trained
+                    pass
+            except PredictorError as taken:
+                refused = taken
+            except OSError as failed:
+                refused = CheckpointError(f"{out}: cannot be written ({failed})")
+        if any_process(refused is not None):
+            raise refused or ConfigError(f"{out}: the first process may not write here; it says why")
+        yield holding
 
 
 def hybrid_settings(config: Config) -> HybridConfig | None:

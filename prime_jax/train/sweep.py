@@ -26,7 +26,8 @@ from rich.table import Table
 
 from prime_jax.config import Config, read_config, to_yaml
 from prime_jax.errors import ConfigError, PredictorError
-from prime_jax.files import write_json, write_text
+from prime_jax.files import user_path, write_json, write_text
+from prime_jax.locks import owned
 
 RESULTS = "results.json"
 BEST = "best.yaml"
@@ -54,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML file with the other settings")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results are kept")
+    parser.add_argument("--config", type=user_path, metavar="FILE", help="YAML file with the other settings")
+    parser.add_argument("--out", type=user_path, required=True, metavar="DIR", help="where results are kept")
     parser.add_argument("--try", dest="tried", action="append", required=True, metavar="NAME=VALUES")
     parser.add_argument("--trials", type=int, default=20, help="settings to try (default: 20; --grid: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="train.seed of each (default: 0)")
@@ -120,7 +121,8 @@ def sweep(
         What results.json holds, the best first: `settings`, `mean`, `values` of each seed, `metrics` of each.
 
     Raises:
-        ConfigError: If optuna is missing, a setting is unknown or out of bounds, or a grid has a range.
+        ConfigError: If optuna is missing, a setting is unknown or out of bounds, a grid has a range, or
+            another sweep writes there.
         PredictorError: As `prime_jax.train.loop.train`; what was tried before stays.
     """
     try:
@@ -137,37 +139,37 @@ def sweep(
         sampler = optuna.samplers.GridSampler(choices, seed=0)
     for edge in _edges(space):  # every mistake before the first run
         configured(file, settings, edge, seeds[0])
-    out.mkdir(parents=True, exist_ok=True)
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(
-        study_name="sweep",
-        storage=JournalStorage(JournalFileBackend(str(out / "journal.log"))),
-        sampler=sampler,
-        direction="maximize",
-        load_if_exists=True,
-    )
-    described = {"space": {name: list(values) for name, values in space.items()}, "seeds": list(seeds)}
-    if study.user_attrs.get("sweep", described) != described:
-        raise ConfigError(f"{out}: holds a sweep of other settings or seeds; choose another --out")
-    study.set_user_attr("sweep", described)
-    console = Console(stderr=True)
-
-    def judge(trial: Any) -> float:
-        chosen = {name: _suggested(trial, name, values) for name, values in space.items()}
-        found = [_run(configured(file, settings, chosen, seed), out / "running") for seed in seeds]
-        trial.set_user_attr("found", found)
-        mean = statistics.fmean(one["value"] for one in found)
-        console.print(
-            f"trial {trial.number + 1}: {mean:.4f}  {_words(chosen)}", highlight=False, markup=False
+    with owned(out, "a sweep"):
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        study = optuna.create_study(
+            study_name="sweep",
+            storage=JournalStorage(JournalFileBackend(str(out / "journal.log"))),
+            sampler=sampler,
+            direction="maximize",
+            load_if_exists=True,
         )
-        return mean
+        described = {"space": {name: list(values) for name, values in space.items()}, "seeds": list(seeds)}
+        if study.user_attrs.get("sweep", described) != described:
+            raise ConfigError(f"{out}: holds a sweep of other settings or seeds; choose another --out")
+        study.set_user_attr("sweep", described)
+        console = Console(stderr=True)
 
-    done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
-    study.optimize(judge, n_trials=max(0, trials - len(done)))
-    results = _results(study)
-    write_json(out / RESULTS, results)
-    write_text(out / BEST, to_yaml(configured(file, settings, results[0]["settings"], seeds[0])))
-    return results
+        def judge(trial: Any) -> float:
+            chosen = {name: _suggested(trial, name, values) for name, values in space.items()}
+            found = [_run(configured(file, settings, chosen, seed), out / "running") for seed in seeds]
+            trial.set_user_attr("found", found)
+            mean = statistics.fmean(one["value"] for one in found)
+            console.print(
+                f"trial {trial.number + 1}: {mean:.4f}  {_words(chosen)}", highlight=False, markup=False
+            )
+            return mean
+
+        done = [trial for trial in study.trials if trial.state.name == "COMPLETE"]
+        study.optimize(judge, n_trials=max(0, trials - len(done)))
+        results = _results(study, space)
+        write_json(out / RESULTS, results)
+        write_text(out / BEST, to_yaml(configured(file, settings, results[0]["settings"], seeds[0])))
+        return results
 
 
 def configured(file: Path | None, settings: Sequence[str], chosen: Mapping[str, Any], seed: int) -> Config:
@@ -195,7 +197,15 @@ def _run(config: Config, folder: Path) -> dict[str, Any]:
     }
 
 
-def _results(study: Any) -> list[dict[str, Any]]:
+def _results(study: Any, space: Space) -> list[dict[str, Any]]:
+    """The complete trials; a journal that names what is not tried here would put it into best.yaml."""
+    for trial in study.trials:
+        for name, value in trial.params.items():
+            if not _is_tried(value, space.get(name, ())):
+                raise ConfigError(
+                    f"the journal of the sweep has {name} {value!r}, which is not tried here; choose "
+                    "another --out"
+                )
     rows = [
         {
             "settings": dict(trial.params),
@@ -207,6 +217,12 @@ def _results(study: Any) -> list[dict[str, Any]]:
         if trial.state.name == "COMPLETE"
     ]
     return sorted(rows, key=lambda row: -row["mean"])
+
+
+def _is_tried(value: Any, tried: Range | Choice) -> bool:
+    if isinstance(tried, Range):
+        return isinstance(value, int | float) and tried.low <= value <= tried.high
+    return value in tried
 
 
 def _suggested(trial: Any, name: str, values: Range | Choice) -> Any:

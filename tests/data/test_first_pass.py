@@ -1,7 +1,10 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from prime_jax.data import first_pass as module
 from prime_jax.data.first_pass import first_pass
@@ -88,3 +91,34 @@ def test_a_result_of_other_data_is_refused(store: EmbeddingStore) -> None:
     large.write_bytes(small.read_bytes())
     with pytest.raises(DataError, match="not the first search of this data"):
         found(store)
+
+
+def test_a_changed_number_is_noticed(store: EmbeddingStore) -> None:
+    found(store)
+    (path,) = (store.folder / module.FOLDER).iterdir()
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # another passage, which exists as well
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"{path.name}: damaged or changed; delete it"):
+        found(store)
+
+
+def test_a_result_that_nothing_vouches_for_is_made_again(store: EmbeddingStore) -> None:
+    right = found(store)
+    (path,) = (store.folder / module.FOLDER).iterdir()
+    save_file({"found": np.zeros((2, 3), np.int64)}, path)  # as version 0.1.0 wrote it, with other numbers
+    assert found(store) == right
+    assert found(store) == right
+
+
+def test_a_folder_that_is_only_read_keeps_nothing(
+    store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextmanager
+    def read_only(path: Path) -> Iterator[Path]:
+        raise PermissionError(path)
+        yield path
+
+    monkeypatch.setattr(module.files, "atomic_path", read_only)
+    assert found(store) == [[0, 1, 2], [0, 1, 2]]
+    assert not (store.folder / module.FOLDER).exists()

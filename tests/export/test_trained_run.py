@@ -43,7 +43,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fakes.write_conversations(folder / "data", chats=72)
     config = read_config(None, [*SETTINGS, "--data.path", str(folder / "data")])
     loop.train(config, folder / "run")
-    evaluate_run(folder / "run", folder / "data", "test", folder / "run" / "report")
+    evaluate_run(folder / "run", folder / "data", "test", folder / "run" / "report", encoder="fakes:encoder")
     return folder / "run"
 
 
@@ -66,7 +66,17 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def exported(run: Path, keys: Path) -> Path:
     out = run.parent / "bundle"
-    words = ["--run", str(run), "--out", str(out), "--precision", "int8,fp16", "--state-dict"]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--out",
+        str(out),
+        "--precision",
+        "int8,fp16",
+        "--state-dict",
+    ]
     words += ["--triton", str(run.parent / "triton"), "--sign", str(keys / "a.pem"), "--max-loss", "1"]
     words += ["--model-version", "2.1.0", "--licence", "CC-BY-4.0"]
     assert main(words) == 0
@@ -138,7 +148,17 @@ def test_the_card_states_version_intervals_losses_leak_and_licence(exported: Pat
 
 
 def test_the_same_run_gives_the_same_bytes(run: Path, exported: Path, tmp_path: Path) -> None:
-    words = ["--run", str(run), "--out", str(tmp_path / "b"), "--precision", "fp32,fp16,int8", "--state-dict"]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--out",
+        str(tmp_path / "b"),
+        "--precision",
+        "fp32,fp16,int8",
+        "--state-dict",
+    ]
     words += ["--max-loss", "1", "--model-version", "2.1.0", "--licence", "CC-BY-4.0"]
     assert main(words) == 0
     for file in (tmp_path / "b").iterdir():
@@ -148,7 +168,18 @@ def test_the_same_run_gives_the_same_bytes(run: Path, exported: Path, tmp_path: 
 def test_a_precision_that_loses_too_much_is_refused_unless_accepted(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--run", str(run), "--out", str(tmp_path / "b"), "--precision", "int8", "--max-loss", "-1"]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--out",
+        str(tmp_path / "b"),
+        "--precision",
+        "int8",
+        "--max-loss",
+        "-1",
+    ]
     assert main(words) == 2
     assert "int8 loses " in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -168,7 +199,16 @@ def test_a_precision_without_data_is_refused(
 
 def test_other_data_than_it_was_trained_on_measures_no_leak(run: Path, tmp_path: Path) -> None:
     fakes.write_conversations(tmp_path / "data", chats=24)
-    words = ["--run", str(run), "--out", str(tmp_path / "b"), "--data", str(tmp_path / "data")]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--out",
+        str(tmp_path / "b"),
+        "--data",
+        str(tmp_path / "data"),
+    ]
     assert main(words) == 0
     why = "the data is not what the model was trained on"
     assert read_json(tmp_path / "b" / "parity.json")["leak_check"] == {"measured": False, "why": why}

@@ -149,7 +149,7 @@ def test_stopped_inside_a_window_and_resumed_equals_never_stopped(
     with monkeypatch.context() as patch:
         asked_after(9, patch)
         assert main([*options(data), "--out", str(broken)]) == 130
-    assert main(["--resume", "--out", str(broken)]) == 0
+    assert main(["--resume", "--encoder", "fakes:encoder", "--out", str(broken)]) == 0
     assert_same(broken, whole)
     assert told(broken) == told(whole)
 
@@ -170,7 +170,7 @@ def test_killed_inside_a_window_and_resumed_equals_never_stopped(
         with pytest.raises(KeyError, match="power"):
             main([*options(data), "--train.save-every-steps", "9", "--out", str(broken)])
     assert [kept.step for kept in checkpoints.list_checkpoints(broken)] == [9]
-    assert main(["--resume", "--out", str(broken)]) == 0
+    assert main(["--resume", "--encoder", "fakes:encoder", "--out", str(broken)]) == 0
     assert_same(broken, whole)
     assert told(broken) == told(whole)
 

@@ -178,7 +178,17 @@ def test_loading_predicts_and_steers(run: Path) -> None:
 
 
 def test_evaluation_reports_every_variant(run: Path, steered_data: Path, tmp_path: Path) -> None:
-    words = ["--run", str(run), "--data", str(steered_data), "--split", "test", "--out"]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--data",
+        str(steered_data),
+        "--split",
+        "test",
+        "--out",
+    ]
     found = {}
     for variant in ("zero", "predicted", "centroid"):
         out = tmp_path / variant
@@ -197,7 +207,17 @@ def test_zero_steering_needs_no_folder_and_another_folder_is_noticed(
 ) -> None:
     bare, rebuilt = tmp_path / "bare", tmp_path / "rebuilt"
     shutil.copytree(steered_data, bare, ignore=shutil.ignore_patterns("steering"))
-    words = ["--run", str(run), "--split", "dev", "--out", str(tmp_path / "out"), "--data"]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--split",
+        "dev",
+        "--out",
+        str(tmp_path / "out"),
+        "--data",
+    ]
     assert evaluate([*words, str(bare), "--steering", "zero"]) == 0
     assert evaluate([*words, str(bare), "--steering", "predicted"]) == 2
     assert "there is no steering" in capsys.readouterr().err
@@ -231,7 +251,16 @@ def test_one_question_on_two_lines_is_not_its_own_negative(tmp_path: Path) -> No
 
 
 def test_explanations_are_complete_and_add_up(run: Path, steered_data: Path, tmp_path: Path) -> None:
-    words = ["--run", str(run), "--data", str(steered_data), "--out", str(tmp_path / "out")]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(run),
+        "--data",
+        str(steered_data),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert explain([*words, "--split", "dev", "--count", "3"]) == 0
     page = (tmp_path / "out" / "explanations.html").read_text()
     told = json.loads((tmp_path / "out" / "explanations.json").read_text())
@@ -283,7 +312,16 @@ def test_steering_influence_compares_with_none(run: Path, steered_data: Path) ->
 def test_a_plain_model_is_explained_from_the_command_line(steered_data: Path, tmp_path: Path) -> None:
     train(settings(steered_data, "jasper", "--train.num-epochs", "1"), tmp_path / "run")
     assert (tmp_path / "run" / "steering.png").is_file()
-    words = ["--run", str(tmp_path / "run"), "--data", str(steered_data), "--out", str(tmp_path / "out")]
+    words = [
+        "--encoder",
+        "fakes:encoder",
+        "--run",
+        str(tmp_path / "run"),
+        "--data",
+        str(steered_data),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     assert explain([*words, "--count", "2"]) == 0
     (first, _) = json.loads((tmp_path / "out" / "explanations.json").read_text())
     assert first["confidence"] is None

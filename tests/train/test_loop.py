@@ -138,7 +138,7 @@ def test_stopped_and_resumed_equals_never_stopped(
         interrupt_after(7, patch)
         assert main([*settings, "--out", str(broken)]) == 130
     assert "stopped at step 7; saved" in capsys.readouterr().out
-    assert main(["--resume", "--out", str(broken)]) == 0
+    assert main(["--resume", "--encoder", "fakes:encoder", "--out", str(broken)]) == 0
     for left, right in zip(params_of(undisturbed), params_of(broken), strict=True):
         np.testing.assert_array_equal(left, right)
     lines = [(run / "history.jsonl").read_text().splitlines() for run in (undisturbed, broken)]
@@ -176,7 +176,7 @@ def test_an_interrupt_before_the_first_step_after_resuming_rewrites_nothing(
         return nullcontext(interrupt)
 
     monkeypatch.setattr(loop, "interruptible", interrupted_already)
-    assert main(["--resume", "--out", str(tmp_path)]) == 130
+    assert main(["--resume", "--encoder", "fakes:encoder", "--out", str(tmp_path)]) == 130
     assert {file: file.stat().st_mtime_ns for file in newest.folder.rglob("*")} == before
 
 

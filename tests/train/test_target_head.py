@@ -44,12 +44,12 @@ def test_from_training_to_a_bundle(
     np.testing.assert_allclose(mapped, expected, atol=1e-6)
 
     # The evaluation searches the mapped memory: its dev figure is that of training.
-    report = evaluate_run(run, data_folder, "dev", tmp_path / "report")
+    report = evaluate_run(run, data_folder, "dev", tmp_path / "report", encoder="fakes:encoder")
     best = checkpoints.best(run)
     assert report["methods"]["predicted"]["MRR@10"] == pytest.approx(best.score, abs=1e-3)
 
     bundle = tmp_path / "bundle"
-    assert export(["--run", str(run), "--out", str(bundle)]) == 0
+    assert export(["--encoder", "fakes:encoder", "--run", str(run), "--out", str(bundle)]) == 0
     assert "The memory must be mapped first" in (bundle / "MODEL_CARD.md").read_text()
     loaded = prime_jax.load(bundle, precision="float32")
     np.testing.assert_array_equal(loaded.map_memory(memory), mapped)

@@ -83,5 +83,5 @@ def test_a_stopped_run_of_two_processes_is_resumed_by_four_and_evaluated_by_one(
     assert exit_codes(start_together(4, options, run, *slow, "--resume")) == [0] * 4
     assert f"resuming from step {stopped.step} of 10" in (tmp_path / "run-0.log").read_text()
     assert_same_run(alone, run)
-    report = evaluate_run(run, data_folder, "test", tmp_path / "report")
+    report = evaluate_run(run, data_folder, "test", tmp_path / "report", encoder="fakes:encoder")
     assert report["run"]["step"] == checkpoints.best(run).step
