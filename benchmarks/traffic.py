@@ -39,7 +39,7 @@ MESHES = {
     "fsdp 8": (MeshConfig(fsdp=8), 0),
     "data 8, in 4 turns": (MeshConfig(data=8), ROWS // 4),
 }
-SIZES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "s64": 8, "f16": 2}
+SIZES = {"f32": 4, "bf16": 2, "s32": 4, "u32": 4, "pred": 1, "u16": 2, "s64": 8, "f16": 2}
 COLLECTIVES = "all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute"
 
 
@@ -72,9 +72,8 @@ def traffic(mesh_config: MeshConfig, micro_batch: int) -> dict[str, Any]:
     state = jax.eval_shape(lambda: init_state(config, optimizer, 0, objective))
     batch = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, random_batch(config, ROWS)))
     rows = jax.tree.map(lambda _: by_rows(mesh), batch)
-    step = make_train_step(
-        build_graph(config, jnp.bfloat16), optimizer, objective, StepPlan(1000, "none", micro_batch), mesh
-    )
+    plan = StepPlan(1000, "none", micro_batch, compute_dtype=jnp.bfloat16)
+    step = make_train_step(build_graph(config, jnp.bfloat16), optimizer, objective, plan, mesh)
     lowered = step.lower(placed(state, state_shardings(mesh, state)), placed(batch, rows))
     compiled = lowered.compile()
     counted = compiled.memory_analysis()
