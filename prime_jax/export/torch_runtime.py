@@ -180,7 +180,7 @@ class EmbeddingPredictor(nn.Module):
         """Predict the embedding of the passage to retrieve.
 
         Args:
-            context: Turn embeddings, oldest first, `[B, N, D]`; N from 0 to max_context_length.
+            context: Turn embeddings, oldest first, `[B, N, D]`; N from 0 to max_context_length, B from 0.
             query: Query embeddings, `[B, D]`.
             context_mask: Bool, True where a turn is real, `[B, N]`; None means all are. What stands in a
                 padded slot has no influence.
@@ -197,7 +197,9 @@ class EmbeddingPredictor(nn.Module):
         dtype = self.pred_token.dtype
         context = context.to(dtype).masked_fill(~context_mask[..., None], 0.0)
         query = query.to(dtype)
-
+        if query.shape[0] == 0:  # torch's attention cannot reshape no rows
+            empty: Tensor = self.output_proj(self.query_proj(query))
+            return empty
         pred = self.pred_token.expand(query.shape[0], -1, -1)
         x = torch.cat([pred, self.context_proj(context), self.query_proj(query)[:, None]], dim=1)
         positions = _positions(context_mask)
@@ -211,7 +213,6 @@ class EmbeddingPredictor(nn.Module):
             x = layer(x, *given)
         turns = x[:, 1:-1]
         x = self.layers[-1](x, *given, rows=1)
-
         delta = self.output_proj(self.norm(x[:, 0]))
         if self.config.residual != "none":
             base, delta = self._mixed(context, query, context_mask, turns), self.residual_gate * delta
