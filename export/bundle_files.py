@@ -110,8 +110,8 @@ def checked(embeddings: Any) -> Any:
     wrong = np.flatnonzero(~(np.abs(norms - 1) <= 1e-2))  # NaN is wrong too
     if wrong.size:
         raise BundleError(
-            f"prediction {wrong[0]} has norm {norms[wrong[0]]:.3g} instead of 1; are the turns and the query of "
-            "its request embeddings of the encoder that config.json names?"
+            f"prediction {wrong[0]} has norm {norms[wrong[0]]:.3g} instead of 1; are the turns and "
+            "the query of its request embeddings of the encoder that config.json names?"
         )
     return embeddings
 

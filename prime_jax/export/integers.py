@@ -51,7 +51,9 @@ def _replace(node: Any, quantised: dict[Any, tuple[Any, Any]], opset: int) -> No
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], made.nodes, node.outputs, [product])
 
 
-def _quantised_weights(matrix: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+def _quantised_weights(
+    matrix: np.ndarray[Any, np.dtype[Any]],
+) -> tuple[np.ndarray[Any, np.dtype[Any]], np.ndarray[Any, np.dtype[Any]]]:
     """A matrix `[I, O]` as int8, and the scale of each output, `[O]`."""
     scales = np.maximum(np.abs(matrix).max(axis=0) / WEIGHT_STEPS, TINY).astype(np.float32)
     return np.rint(matrix / scales).astype(np.int8), scales
@@ -93,7 +95,7 @@ class _Nodes:
         words = "_".join(map(str, sizes))
         return self.add("Reshape", [value, self.constant(np.array(sizes, np.int64), f"shape_{words}")])
 
-    def constant(self, array: np.ndarray[Any, Any], name: str) -> Any:
+    def constant(self, array: np.ndarray[Any, np.dtype[Any]], name: str) -> Any:
         """A constant of the graph, the same for all who ask by this name."""
         graph = self._product.graph
         if name not in graph.initializers:

@@ -76,7 +76,7 @@ def test_an_empty_batch_has_no_answers(exported: Any) -> None:
 
 
 def test_an_encoder_answers_an_empty_batch(tmp_path: Path) -> None:
-    tiny_bert.write_folder(tmp_path / "encoder")
+    tiny_bert.write_folder(tmp_path / "encoder", tiny_bert.tensors())
     assert write_encoder_onnx(BertTextEncoder(tmp_path / "encoder"), tmp_path / "model.onnx") < 1e-5
     assert empty_batch(tmp_path / "model.onnx") == [str([(0, tiny_bert.HIDDEN)])]
 
@@ -181,16 +181,14 @@ def test_integers_give_what_numpy_gives_with_a_scale_per_row() -> None:
     assert "MatMul" not in kinds
     runtime = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
     (got,) = runtime.run(None, {"x": rows})
-    scales = np.abs(rows).max(axis=-1, keepdims=True) / 127
+    sizes = np.abs(rows).max(axis=-1, keepdims=True)
+    scales = sizes * np.float32(1 / 127)
     ints = np.rint(np.divide(rows, scales, where=scales > 0, out=np.zeros_like(rows)))
     columns = np.abs(matrix).max(axis=0) / 63
     expected = (ints @ np.rint(matrix / columns)) * scales * columns
-    np.testing.assert_allclose(
-        got, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max(axis=-1, keepdims=True)
-    )
-    assert np.abs(got - rows @ matrix).max(axis=-1).ravel() == pytest.approx(
-        np.zeros(6), abs=0.05 * np.abs(rows).max()
-    )
+    one = np.where(sizes > 0, sizes, 1)
+    np.testing.assert_allclose(got / one, expected / one, atol=1e-4)
+    np.testing.assert_allclose(got / one, rows @ matrix / one, atol=0.3)  # of sums of 40 products
 
 
 @pytest.mark.parametrize("fields", [{}, {"residual": "linear", "context_attention": "causal"}, LLAMA])

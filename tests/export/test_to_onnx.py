@@ -52,7 +52,7 @@ LAYER = {
 def test_a_layer_adds_its_own_operators_and_no_shape_arithmetic(tmp_path: Path) -> None:
     """Four products with their biases, two sums, scaled and masked attention, and heads taken apart.
 
-    Attention is two products, with heads in front of tokens. No Einsum: an empty batch ends the process there.
+    Attention is two products, with heads in front of tokens. No Einsum: an empty batch ends it.
 
     The batch is asked for once in the whole graph.
     """
