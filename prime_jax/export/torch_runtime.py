@@ -307,10 +307,8 @@ class EmbeddingPredictor(nn.Module):
         if context_mask is None:
             return
         if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:
-            raise PredictorError(
-                f"context_mask is {context_mask.dtype} {tuple(context_mask.shape)}, "
-                f"expected torch.bool {tuple(context.shape[:2])}"
-            )
+            found = f"{context_mask.dtype} {tuple(context_mask.shape)}"
+            raise PredictorError(f"context_mask is {found}, expected torch.bool {turns[:2]}")
 
 
 def _positions(context_mask: Tensor) -> Tensor:
@@ -408,6 +406,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")
+    if (cached := globals().get("__cached__")) and Path(cached).is_relative_to(folder.resolve()):
+        Path(cached).unlink(missing_ok=True)  # Python's copy of this file, where it is imported from a bundle
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files and name not in ("manifest.json", "model.sig"):
