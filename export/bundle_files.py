@@ -97,6 +97,25 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     return arrays
 
 
+def checked(embeddings: Any) -> Any:
+    """The predictions `[B, E]` themselves, if they are such.
+
+    Raises:
+        BundleError: If one is not finite or not of unit norm; its input was no embedding then, such as zeros,
+            bytes in another order, or vectors of another type.
+    """
+    import numpy as np
+
+    norms = np.linalg.norm(embeddings.astype(np.float64), axis=1)
+    wrong = np.flatnonzero(~(np.abs(norms - 1) <= 1e-2))  # NaN is wrong too
+    if wrong.size:
+        raise BundleError(
+            f"prediction {wrong[0]} has norm {norms[wrong[0]]:.3g} instead of 1; are the turns and "
+            "the query of its request embeddings of the encoder that config.json names?"
+        )
+    return embeddings
+
+
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bundle_files import BundleError, onnx_file, read_safetensors, torch_runtime, verify
+from bundle_files import BundleError, checked, onnx_file, read_safetensors, torch_runtime, verify
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
@@ -55,6 +55,8 @@ class Embeddings:
 
     def of(self, texts: list[str]) -> Any:
         """Embeddings, `[n, D]`."""
+        if not texts:
+            return self.vectors[:0]
         try:
             return self.vectors[[self.row[sha256(text.encode()).digest()[:16]] for text in texts]]
         except KeyError:
@@ -188,8 +190,12 @@ def predict_all(
                 context[row, : len(turns)] = embeddings.of([prefix + turn for turn in turns])
                 mask[row, : len(turns)] = True
         query = embeddings.of([prefix + question.query for question in rows])
-        found.append(predict(context, mask, query))
-    return np.concatenate(found)
+        found.append(checked(predict(context, mask, query)))
+    return (
+        np.concatenate(found)
+        if found
+        else np.zeros((0, config["output"]["embedding"]["shape"][1]), np.float32)
+    )
 
 
 def mapped(bundle: Path, vectors: Any) -> Any:
@@ -247,6 +253,8 @@ def run(given: Namespace) -> None:
         raise BundleError(f"{given.bundle / 'config.json'}: does not name the encoder")
     embeddings = Embeddings(given.store or given.data / "embeddings", config["encoder"])
     passages = list(read_lines(given.data / "corpus.jsonl"))
+    if not passages:
+        raise BundleError(f"{given.data / 'corpus.jsonl'}: holds no passage")
     memories = [{"id": row["id"], "text": row["text"], "scope": row.get("scope")} for row in passages]
     index = {memory["id"]: row for row, memory in enumerate(memories)}
     vectors = embeddings.of([config.get("passage_prefix", "") + memory["text"] for memory in memories])
@@ -260,6 +268,8 @@ def run(given: Namespace) -> None:
         )
         for row in read_lines(given.data / f"{given.split}.jsonl")
     ][: given.questions]
+    if not questions:
+        raise BundleError(f"{given.data / given.split}.jsonl: holds no question")
 
     client = QdrantClient(
         **{"url": given.url}

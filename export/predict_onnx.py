@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from bundle_files import BundleError, onnx_file, read_safetensors, verify
+from bundle_files import BundleError, checked, onnx_file, read_safetensors, verify
 
 
 def repeat_golden(session: Any, bundle: Path) -> None:
@@ -36,7 +36,7 @@ def predict_one(session: Any, bundle: Path) -> None:
     queries = (query / np.linalg.norm(query))[None].astype(np.float32)
 
     inputs = {"context": context, "context_mask": context_mask, "query": queries}
-    (embedding,) = session.run(["embedding"], inputs)
+    embedding = checked(session.run(["embedding"], inputs)[0])
     print(f"prediction: {embedding.shape}, norm {np.linalg.norm(embedding):.4f}; search your index with it")
 
 

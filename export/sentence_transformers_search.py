@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from bundle_files import BundleError, onnx_file, read_safetensors, verify
+from bundle_files import BundleError, checked, onnx_file, read_safetensors, verify
 
 
 class PredictedQuery:
@@ -58,7 +58,7 @@ class PredictedQuery:
         context[0, : len(newest)] = vectors[:-1]
         mask = np.arange(self.slots)[None] < len(newest)
         feeds = {"context": context, "context_mask": mask, "query": vectors[-1:]}
-        return self.session.run(["embedding"], feeds)[0][0]
+        return checked(self.session.run(["embedding"], feeds)[0])[0]
 
     def encode_documents(self, passages: Sequence[str], *, mapped: bool = True) -> Any:
         """What the memory holds, `[n, E]`, unit norm; `mapped` through the bundle's target head, if any."""
@@ -70,12 +70,17 @@ class PredictedQuery:
         return self._encode([self.query_prefix + query])[0]
 
     def _encode(self, texts: list[str]) -> Any:
+        if not texts:
+            return np.zeros((0, self.size), np.float32)
         vectors = np.asarray(self.encoder.encode(texts), np.float32)
         if vectors.shape != (len(texts), self.size):
             raise ValueError(
                 f"the encoder gives {vectors.shape}, the model takes vectors of {self.size} dimensions; "
                 "is it the encoder that config.json names?"
             )
+        wrong = np.flatnonzero(~(np.linalg.norm(vectors, axis=1) > 0) | ~np.isfinite(vectors).all(axis=1))
+        if wrong.size:
+            raise ValueError(f"the encoder gives zeros or NaN for {texts[wrong[0]][:80]!r}")
         return _unit(vectors)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array
 
 from prime_jax._version import __version__
 from prime_jax.errors import CheckpointError, ExportError
+from prime_jax.export.batch_independence import batch_independence
 from prime_jax.export.evidence import MAX_LOSS, METRIC, Evidence
 from prime_jax.export.golden import (
     Arrays,
@@ -103,8 +104,9 @@ def write_bundle(
 
     Raises:
         ExportError: If a weight is NaN or Inf, all centroids are zero, a package is missing, `folder` holds
-            something else, a runtime differs from JAX by more than 1e-5 in any output, or a lower precision
-            has no evidence or loses more than allowed. Nothing is written then.
+            something else, a runtime differs from JAX by more than 1e-5 in any output, a lower precision
+            has no evidence or loses more than allowed, or an answer depends on the rest of its batch. Nothing
+            is written then.
         PredictorError: If the model version is not a semantic version.
     """
     options = options or Options()
@@ -150,6 +152,8 @@ def write_bundle(
         write_manifest(part, KIND, **told)  # torch_runtime opens complete bundles only
         parity = compare(golden, part)
         lower = {name: _lower(part, golden, name, options, evidence) for name in options.precisions[1:]}
+        if parity["onnxruntime"]["checked"]:
+            parity["batch_independence"] = batch_independence(golden, part, told["onnx"])
         if lower:
             parity["precisions"] = lower
         if texts is not None:

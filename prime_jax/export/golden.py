@@ -133,11 +133,20 @@ def _agreement(runtime: str, answers: Arrays, golden: Arrays) -> dict[str, Any]:
     return parity
 
 
-def onnxruntime_answers(golden: Arrays, bundle: Path, file: str = "model.onnx") -> Arrays:
-    """What an ONNX file of the bundle answers to the golden inputs on the CPU, by name of the output."""
+def open_session(path: Path) -> Any:
+    """An ONNX file in ONNX Runtime, on the CPU.
+
+    Raises:
+        ModuleNotFoundError: If onnxruntime is not installed.
+    """
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(bundle / file, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def onnxruntime_answers(golden: Arrays, bundle: Path, file: str = "model.onnx") -> Arrays:
+    """What an ONNX file of the bundle answers to the golden inputs on the CPU, by name of the output."""
+    session = open_session(bundle / file)
     feeds = {given.name: golden[given.name] for given in session.get_inputs()}
     names = [given.name for given in session.get_outputs()]
     return {name: np.asarray(answer) for name, answer in zip(names, session.run(names, feeds), strict=True)}

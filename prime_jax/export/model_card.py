@@ -50,6 +50,7 @@ def model_card(
         "## Agreement with JAX",
         _agreement(config, parity),
         _precisions(parity.get("precisions")),
+        _company(parity.get("batch_independence")),
         "## What it gives away about its training data",
         _leak(parity.get("leak_check")),
         "## Limits",
@@ -245,6 +246,17 @@ def _precisions(found: Mapping[str, Mapping[str, Any]] | None) -> str:
         f"Smaller files, beside `model.onnx` on the {some['queries']:,} queries of the {some['split']} split "
         "(a negative loss is a gain; 95% bootstrap intervals over conversations):\n\n"
         + table(["file", "cosine mean / smallest", "R@10", "loss of R@10"], rows)
+    )
+
+
+def _company(found: Mapping[str, Any] | None) -> str:
+    """What the rest of a batch changes."""
+    if found is None:
+        return ""
+    worst = ", ".join(f"{value:.1e} in {name}" for name, value in found["max_abs_difference"].items())
+    return (
+        f"A request is answered alike in any batch: alone, beside a row of norm {found['norm']:g} and among "
+        f"{found['rows']} rows its golden answers differ by at most {worst}."
     )
 
 

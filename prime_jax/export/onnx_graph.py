@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from prime_jax.export.einsums import replace_einsums
 from prime_jax.export.optional import need
 
 _CLEANING = ("IdentityElimination", "CommonSubexpressionElimination", "RemoveUnusedNodes")
@@ -15,6 +16,8 @@ _CLEANING = ("IdentityElimination", "CommonSubexpressionElimination", "RemoveUnu
 def tidy(model: Any) -> None:
     """Simplify an `onnx_ir.Model`, as jax2onnx returns it, in place and without changing what it computes."""
     passes = need("onnx_ir.passes.common", "onnx")
+    replace_einsums(model)
+    passes.RemoveUnusedNodesPass()(model)  # before they are folded
     for node in list(model.graph):  # in order, so that what depends on folded values is folded as well
         if node.inputs and all(value is not None and value.const_value is not None for value in node.inputs):
             _fold(node, model.opset_imports[""])

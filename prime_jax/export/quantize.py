@@ -1,11 +1,10 @@
-"""Smaller ONNX files from the float32 one, by ONNX Runtime's own tools: half precision and 8-bit weights.
+"""Smaller ONNX files from the float32 one: half precision and 8-bit integers.
 
 `fp16` halves the file and is meant for GPUs; inputs and outputs stay float32. `int8` keeps the weights of
-every matrix product as 8-bit integers with one scale per output, and quantises activations as they come
-(dynamic quantisation); it is meant for CPUs.
+every affine map as int8 with one scale per output, and quantises activations as they come, each row by a
+scale of its own; it is meant for CPUs.
 """
 
-import logging
 import tempfile
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ from prime_jax.errors import ExportError
 from prime_jax.export.optional import need
 
 Precision = Literal["fp32", "fp16", "int8"]
+SCALES = "activation_scales"  # in the metadata of an int8 file; those without it share scales in a batch
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
@@ -44,7 +44,7 @@ def quantize(model: Path, out: Path, precision: Precision) -> None:
         precision: `fp16` or `int8`.
 
     Raises:
-        ExportError: If onnxruntime or onnx is missing, or its tools fail.
+        ExportError: If onnxruntime or onnx is missing, or their tools fail.
     """
     from prime_jax.export.to_onnx import LARGEST
 
@@ -52,15 +52,17 @@ def quantize(model: Path, out: Path, precision: Precision) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
         (ready := Path(folder) / "ready").mkdir()
         try:
-            smaller = _to_half(model) if precision == "fp16" else _to_integers(model, Path(folder) / "int8")
+            smaller = _to_half(model) if precision == "fp16" else _to_integers(model)
             smaller.metadata_props["precision"] = precision
+            if precision == "int8":
+                smaller.metadata_props[SCALES] = "rows"
             size = sum(value.const_value.nbytes for value in smaller.graph.initializers.values())
             ir.save(smaller, ready / out.name, external_data=f"{out.name}.data" if size > LARGEST else None)
             onnx.checker.check_model(str(ready / out.name))
         except ExportError:
             raise
         except Exception as failed:  # the tools raise many kinds
-            raise ExportError(f"{out}: ONNX Runtime could not make {precision} of it: {failed}") from failed
+            raise ExportError(f"{out}: could not make {precision} of it: {failed}") from failed
         for file in sorted(ready.iterdir(), reverse=True):  # the weights first
             file.replace(out.with_name(file.name))
 
@@ -73,20 +75,10 @@ def _to_half(model: Path) -> Any:
     return half
 
 
-def _to_integers(model: Path, written: Path) -> Any:
-    tools = need("onnxruntime.quantization", "onnx")
-    logger = logging.getLogger()  # the tool logs advice on the root logger that does not apply here
-    disabled, logger.disabled = logger.disabled, True
-    try:
-        tools.quantize_dynamic(
-            model,
-            written,
-            op_types_to_quantize=["MatMul"],
-            per_channel=True,
-            weight_type=tools.QuantType.QInt8,
-            use_external_data_format=True,
-        )
-    finally:
-        logger.disabled = disabled
+def _to_integers(model: Path) -> Any:
+    from prime_jax.export.integers import to_integers
+
     ir = need("onnx_ir", "onnx")
-    return ir.external_data.load_to_model(ir.load(written))
+    whole = ir.external_data.load_to_model(ir.load(model))
+    to_integers(whole)
+    return whole

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from prime_jax.errors import ExportError
+from prime_jax.export.einsums import replace_einsums
 from prime_jax.export.golden import TOLERANCE, Arrays, min_cosine
 from prime_jax.export.optional import need
 from prime_jax.export.to_onnx import OPSET, save_graph
@@ -113,6 +114,7 @@ def _written(function: Any, path: Path, middle: tuple[int, ...], golden: Arrays,
         output_names=["embedding"],
         normalization_mode="prefer_native",
     )
+    replace_einsums(graph)
     for node in graph.graph:
         for value in node.outputs:
             if value.type is None:  # a shape without a type cannot be written down

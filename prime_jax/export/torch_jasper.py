@@ -284,9 +284,8 @@ def load_bundle(folder: str | Path) -> JasperPredictor:
 def _with_weights(config: JasperConfig, tensors: Mapping[str, Tensor], path: str | Path) -> JasperPredictor:
     """The model with these weights, in eval mode; a weight that does not fit is named."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        model = JasperPredictor(config)
-        if isinstance(config, SubspaceConfig):
-            model = DecomposedJasperPredictor(config)
+        kind = DecomposedJasperPredictor if isinstance(config, SubspaceConfig) else JasperPredictor
+        model: JasperPredictor = kind(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")
@@ -326,6 +325,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")
+    if (cached := globals().get("__cached__")) and Path(cached).is_relative_to(folder.resolve()):
+        Path(cached).unlink(missing_ok=True)  # Python's copy of this file, where it is imported from a bundle
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files and name not in ("manifest.json", "model.sig"):

@@ -180,7 +180,7 @@ class EmbeddingPredictor(nn.Module):
         """Predict the embedding of the passage to retrieve.
 
         Args:
-            context: Turn embeddings, oldest first, `[B, N, D]`; N from 0 to max_context_length.
+            context: Turn embeddings, oldest first, `[B, N, D]`; N from 0 to max_context_length, B from 0.
             query: Query embeddings, `[B, D]`.
             context_mask: Bool, True where a turn is real, `[B, N]`; None means all are. What stands in a
                 padded slot has no influence.
@@ -197,7 +197,9 @@ class EmbeddingPredictor(nn.Module):
         dtype = self.pred_token.dtype
         context = context.to(dtype).masked_fill(~context_mask[..., None], 0.0)
         query = query.to(dtype)
-
+        if query.shape[0] == 0:  # torch's attention cannot reshape no rows
+            empty: Tensor = self.output_proj(self.query_proj(query))
+            return empty
         pred = self.pred_token.expand(query.shape[0], -1, -1)
         x = torch.cat([pred, self.context_proj(context), self.query_proj(query)[:, None]], dim=1)
         positions = _positions(context_mask)
@@ -211,7 +213,6 @@ class EmbeddingPredictor(nn.Module):
             x = layer(x, *given)
         turns = x[:, 1:-1]
         x = self.layers[-1](x, *given, rows=1)
-
         delta = self.output_proj(self.norm(x[:, 0]))
         if self.config.residual != "none":
             base, delta = self._mixed(context, query, context_mask, turns), self.residual_gate * delta
@@ -306,10 +307,8 @@ class EmbeddingPredictor(nn.Module):
         if context_mask is None:
             return
         if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:
-            raise PredictorError(
-                f"context_mask is {context_mask.dtype} {tuple(context_mask.shape)}, "
-                f"expected torch.bool {tuple(context.shape[:2])}"
-            )
+            found = f"{context_mask.dtype} {tuple(context_mask.shape)}"
+            raise PredictorError(f"context_mask is {found}, expected torch.bool {turns[:2]}")
 
 
 def _positions(context_mask: Tensor) -> Tensor:
@@ -407,6 +406,8 @@ def verify(folder: str | Path) -> dict[str, Any]:
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")
+    if (cached := globals().get("__cached__")) and Path(cached).is_relative_to(folder.resolve()):
+        Path(cached).unlink(missing_ok=True)  # Python's copy of this file, where it is imported from a bundle
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name not in files and name not in ("manifest.json", "model.sig"):

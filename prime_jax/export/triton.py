@@ -32,7 +32,8 @@ def write_repository(bundle: Path, folder: Path) -> list[str]:
 
     Raises:
         CheckpointError: If the bundle is damaged.
-        ExportError: If `folder` is a file, or holds models of these names that this command did not write.
+        ExportError: If `folder` is a file, or holds models of these names that this command did not write; or
+            if the bundle's int8 file shares scales in a batch, as those of older versions do.
     """
     manifest = verify_manifest(bundle, "bundle")
     config = read_json(bundle / "config.json")
@@ -43,6 +44,11 @@ def write_repository(bundle: Path, folder: Path) -> list[str]:
     }
     for name in name_of.values():
         _check_ours(folder / name)
+    if "int8" in name_of and read_json(bundle / "parity.json").get("batch_independence") is None:
+        raise ExportError(
+            f"{bundle}: its int8 file is of an older version, in which requests of one batch change each "
+            "other's answers; export it again"
+        )
     for precision, name in name_of.items():
         with atomic_folder(folder / name) as part:
             version = part / "1"

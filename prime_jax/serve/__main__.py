@@ -19,6 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import uvicorn
 
             from prime_jax.serve.app import build_app
+            from prime_jax.serve.connections import server_config
         except ImportError as missing:
             raise ConfigError(f"{missing}; install it with: pip install 'prime-jax[serve]'") from None
         from prime_jax.predict.predictor import load
@@ -34,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # uvicorn raises the signal again once it has stopped; by then there is nothing left to interrupt.
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: None)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, timeout_graceful_shutdown=settings.grace_s
-    )
+    config = server_config(app, settings)
     listening.listen(config.backlog)  # who calls from here on waits a moment instead of being refused
     port = listening.getsockname()[1]
     console.print(f"Serving on http://{settings.host}:{port} (Ctrl-C stops)", highlight=False)

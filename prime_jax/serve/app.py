@@ -22,6 +22,7 @@ from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.schema import Encoding, PredictorInput, PredictorOutput, Vector
 from prime_jax.serve.limits import GONE, BodyLimit, Observe
 from prime_jax.serve.metrics import Metrics
+from prime_jax.serve.plausible import check_query, check_turn, check_turns, is_prediction
 from prime_jax.serve.sessions import NoSuchSessionError, Sessions
 from prime_jax.serve.settings import ServeSettings
 
@@ -47,6 +48,10 @@ class SessionState(Frozen):
 
     id: str
     turns: int
+
+
+class WrongAnswerError(Exception):
+    """The model answered with what is no prediction; a fault of the model, not of the request."""
 
 
 class ClientGoneError(Exception):
@@ -84,6 +89,7 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
         await asyncio.to_thread(batcher.close)
 
     app = FastAPI(title="prime-jax", version=__version__, lifespan=lifespan)
+    app.state.metrics = metrics
     limit = settings.body_limit(config)
     app.add_middleware(BodyLimit, limit=limit, seconds=settings.timeout_s)
     app.add_middleware(Observe, metrics=metrics)
@@ -96,6 +102,8 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     async def predict(request: Request, body: PredictorInput) -> Response:
         """Predict the embedding to search with. Stateless: the whole window comes with the request."""
         context, query = body.context_embeddings, body.query_embedding
+        check_turns("context_embeddings", context)
+        check_query("query_embedding", query)
         vector = await _in_time(request, batcher.predict_async(context, query), settings.timeout_s)
         return _json(_judged(predictor, context, query, vector, guard, body.encoding))
 
@@ -163,6 +171,7 @@ def _session_routes(
     @routes.post("/{name}/turns")
     async def append(request: Request, name: str, body: Turn) -> SessionState:
         """Add a turn; where the window is full the oldest drops out."""
+        check_turn("turn_embedding", body.turn_embedding)
 
         def work(session: Any) -> int:
             session.append(body.turn_embedding)
@@ -173,6 +182,7 @@ def _session_routes(
     @routes.post("/{name}/predict", response_model=PredictorOutput)
     async def predict(request: Request, name: str, body: Query) -> Response:
         """Predict the embedding to search with, from the session's turns."""
+        check_query("query_embedding", body.query_embedding)
 
         def work(session: Any) -> PredictorOutput:
             vector = session.predict(body.query_embedding)
@@ -194,7 +204,14 @@ def _session_routes(
         """Go on from a file that a session gave."""
 
         def work(session: Any) -> int:
+            before = session.save()
             session.restore(saved)
+            (context,), (mask,) = session.window()
+            try:
+                check_turns("the saved session", context[mask])
+            except PredictorError:
+                session.restore(before)
+                raise
             return _length(session)
 
         return SessionState(id=name, turns=await use(request, name, work))
@@ -213,6 +230,9 @@ def _judged(
     """The prediction `[E]` for turns `[n, D]` and a query `[D]`, guarded if asked for; its confidence."""
     request = checked(predictor.model.config, context, query)
     vector, sure, trust = predictor.judge(request, vector[None], guard=guard).first()
+    if not is_prediction(vector) or not (sure is None or 0 <= sure <= 1):
+        norm = np.linalg.norm(vector)
+        raise WrongAnswerError(f"norm {norm:.3g}, confidence {sure}, for {len(context)} turns")
     return PredictorOutput.of(vector, encoding, sure, trust if guard else None)
 
 
@@ -263,12 +283,13 @@ class Fault(Frozen):
     error: str
 
 
+_NO_JSON = "the body is not valid JSON"
 _FAULTS: dict[int | str, dict[str, Any]] = {
     400: {"model": Fault, "description": "not JSON"},
     408: {"model": Fault, "description": "the body did not come in time"},
     413: {"model": Fault, "description": "body too large"},
-    415: {"model": Fault, "description": "the body is not called JSON"},
-    422: {"model": Fault, "description": "wrong shape or dimension, NaN, unknown field"},
+    415: {"model": Fault, "description": "the body is not called JSON, or is compressed"},
+    422: {"model": Fault, "description": "wrong shape or dimension, NaN, no embedding's norm, unknown field"},
     503: {"model": Fault, "description": "too many requests are waiting"},
     504: {"model": Fault, "description": "no answer in time"},
 }
@@ -286,7 +307,7 @@ def _answer_errors(app: FastAPI) -> None:
         if "json" not in request.headers.get("content-type", "") and "/state" not in request.url.path:
             return fault(415, "send the body with the header 'Content-Type: application/json'")
         if any(one["type"] == "json_invalid" for one in faults):
-            return fault(400, "the body is not valid JSON")
+            return fault(400, _NO_JSON)
         return fault(422, "; ".join(_told(one) for one in faults[:5]))
 
     async def refused(_: Request, error: Exception) -> Response:
@@ -296,7 +317,8 @@ def _answer_errors(app: FastAPI) -> None:
 
     async def http(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        return fault(error.status_code, str(error.detail))
+        unread = error.status_code == 400  # by the framework: too deep, too many digits, no UTF-8
+        return fault(error.status_code, _NO_JSON if unread else str(error.detail))
 
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=GONE)
@@ -308,6 +330,6 @@ def _answer_errors(app: FastAPI) -> None:
 
 
 def _told(fault: Any) -> str:
-    """One fault of a body in plain words, without repeating what was sent."""
-    where = ".".join(str(part) for part in fault["loc"] if part != "body")
+    """One fault of a body in plain words, without repeating what was sent but the start of a field's name."""
+    where = ".".join(str(part) for part in fault["loc"] if part != "body")[:60]
     return f"{where or 'body'}: {fault['msg'].removeprefix('Value error, ')}"

@@ -3,7 +3,8 @@
 import asyncio
 import logging
 import time
-from typing import Any
+import traceback
+from pathlib import Path
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -15,9 +16,15 @@ log = logging.getLogger("prime_jax.serve")
 GONE = 499
 """Status under which a request is counted whose client hung up; nobody receives it."""
 
+MESSAGE, FRAMES = 200, 4
+"""What a failure may take in the log: characters of its message, places it came from."""
+
 
 class BodyLimit:
-    """Answers 413 to a body above the limit, of which no more is read, and 408 to one that takes too long."""
+    """Answers 413 to a body above the limit, of which no more is read, and 408 to one that takes too long.
+
+    Compressed bodies, whose size says nothing, get 415.
+    """
 
     def __init__(self, app: ASGIApp, limit: int, seconds: float):
         self._app, self._limit, self._seconds = app, limit, seconds
@@ -27,7 +34,12 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            why = "compressed bodies are not taken; send it without the header Content-Encoding"
+            await _refuse(415, why, scope, receive, send)
+            return
+        declared = headers.get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._limit:
             await self._too_large(scope, receive, send)
             return
@@ -91,13 +103,26 @@ class Observe:
 
         try:
             await self._app(scope, receive, watched)
-        except Exception:
-            log.exception("%s %s failed", scope["method"], scope["path"])
+        except Exception as failed:
+            log.error("%s %s failed: %s", scope["method"], _route(scope), in_one_line(failed))
             if status == GONE:  # nothing has been sent yet
                 hidden = {"error": "something went wrong in the server; its log says what"}
                 await JSONResponse(hidden, 500)(scope, receive, watched)
         finally:
-            route: Any = scope.get("route")
-            name = getattr(route, "path", "none")  # never what the client wrote: that could be anything
+            name = _route(scope)
             self._metrics.requests.labels(name, str(status)).inc()
             self._metrics.seconds.labels(name).observe(time.perf_counter() - started)
+
+
+def _route(scope: Scope) -> str:
+    """The route's own path, never what the client wrote: that could be anything."""
+    return str(getattr(scope.get("route"), "path", "none"))
+
+
+def in_one_line(error: Exception) -> str:
+    """An error for the log: its kind, the beginning of its message, and where it came from."""
+    told = " ".join(str(error).split())
+    told = told if len(told) <= MESSAGE else told[:MESSAGE] + "..."
+    frames = traceback.extract_tb(error.__traceback__)[-FRAMES:]
+    places = " < ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in reversed(frames))
+    return f"{type(error).__name__}: {told} (at {places})"

@@ -23,6 +23,12 @@ class Metrics:
             buckets=SECONDS,
             registry=self._registry,
         )
+        self.closed = Counter(
+            "prime_jax_connections_closed",
+            "Connections closed by the server before their client was done.",
+            ("reason",),
+            registry=self._registry,
+        )
         self.batch = Histogram(
             "prime_jax_batch_size", "Requests of a device call.", buckets=SIZES, registry=self._registry
         )
@@ -30,6 +36,10 @@ class Metrics:
     def gauge(self, name: str, meaning: str, value: Callable[[], float]) -> None:
         """Show a figure as it is at the time of asking."""
         Gauge(f"prime_jax_{name}", meaning, registry=self._registry).set_function(value)
+
+    def count_closed(self, reason: str) -> None:
+        """Count a connection that the server closed."""
+        self.closed.labels(reason).inc()
 
     def page(self) -> bytes:
         """All figures in Prometheus' text format."""

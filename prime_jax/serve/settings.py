@@ -44,6 +44,10 @@ class ServeSettings(BaseSettings):
         default=None, ge=1, description="largest request body; default: enough for a full window as text"
     )
     timeout_s: float = Field(default=10.0, gt=0, description="longest a request may take; then 504")
+    header_timeout_s: float = Field(
+        default=10.0, gt=0, description="longest a request's head may take to arrive; then 408"
+    )
+    max_connections: int = Field(default=1000, ge=1, description="most connections open at once")
     max_sessions: int = Field(default=0, ge=0, description="most sessions kept here; 0 keeps none")
     session_idle_s: float = Field(default=900.0, gt=0, description="a session unused for so long is dropped")
     grace_s: int = Field(default=20, ge=1, description="how long a stop waits for running requests")

@@ -13,6 +13,7 @@ from predictors import make
 
 from prime_jax.predict.predictor import Predictor
 from prime_jax.serve.app import build_app
+from prime_jax.serve.connections import server_config
 from prime_jax.serve.settings import ServeSettings
 
 
@@ -29,8 +30,8 @@ Serve = Callable[..., Any]
 
 @contextmanager
 def serving(predictor: Predictor, **settings: Any) -> Iterator[Served]:
-    app = build_app(predictor, ServeSettings(run=Path("unused"), **settings))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    given = ServeSettings(run=Path("unused"), **settings)
+    server = uvicorn.Server(server_config(build_app(predictor, given), given, port=0))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

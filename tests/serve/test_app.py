@@ -1,6 +1,8 @@
 """Prediction over HTTP: the right answer, and the right status for everything that can be wrong."""
 
+import base64
 import contextlib
+import gzip
 import json
 import logging
 import re
@@ -110,6 +112,80 @@ def test_bad_bodies(served: Served, request_body: Any, status: int, message: str
     assert served.client.get("/health").json()["status"] == "ok"
 
 
+def swapped(vector: np.ndarray) -> str:
+    """Base64 of big-endian float32, which is not what is asked for."""
+    return base64.b64encode(np.asarray(vector, ">f4").tobytes()).decode()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"query_embedding": swapped(np.full(D, 0.05))}, "query_embedding has norm 2.1e+09, expected"),
+        ({"query_embedding": [0.0] * D}, "query_embedding has norm 0.0e+00, expected an embedding"),
+        ({"query_embedding": [1e-42] * D}, "query_embedding has norm 4.9e-42"),
+        ({"query_embedding": [1e12] * D}, "query_embedding has norm 4.9e+12"),
+        ({"context_embeddings": [[1.0] * D, [1e22] * D]}, "context_embeddings: turn 1 has norm 4.9e+22"),
+        ({"context_embeddings": [[1e-20] * D]}, "context_embeddings: turn 0 has norm 4.9e-20"),
+        ({"context_embeddings": [swapped(np.full(D, 0.05))]}, "base64 must be of little-endian float32"),
+        ({"query_embedding": base64.b64encode(np.full(D, 0.05).tobytes()).decode()}, f"({2 * D},)"),
+    ],
+)
+def test_finite_numbers_that_are_no_embedding(
+    served: Served, caplog: pytest.LogCaptureFixture, fields: dict[str, Any], message: str
+) -> None:
+    """They gave zeros with status 200, or status 500 with a page of log for each."""
+    answer = served.client.post("/predict", json=body(**fields))
+    assert answer.status_code == 422
+    assert message in answer.json()["error"]
+    assert len(answer.content) < 300
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    "content", ["[" * 5000, '{"query_embedding": [' + "1" * 5000 + "]}", b'{"a": "\xff"}']
+)
+def test_json_that_cannot_be_read(served: Served, caplog: pytest.LogCaptureFixture, content: Any) -> None:
+    answer = served.client.post("/predict", content=content, headers=JSON)
+    assert (answer.status_code, answer.json()) == (400, {"error": "the body is not valid JSON"})
+    assert caplog.text == ""
+
+
+def test_a_compressed_body_is_named(served: Served) -> None:
+    content = gzip.compress(json.dumps(body()).encode())
+    answer = served.client.post("/predict", content=content, headers={**JSON, "content-encoding": "gzip"})
+    assert answer.status_code == 415
+    assert "Content-Encoding" in answer.json()["error"]
+    plain = served.client.post("/predict", json=body(), headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
+
+
+def test_a_long_name_is_not_sent_back(served: Served) -> None:
+    answer = served.client.post("/predict", json=body(**{"x" * 3000: 1}))
+    assert answer.status_code == 422
+    assert len(answer.content) < 200
+
+
+@pytest.mark.parametrize(("value", "norm"), [(0.0, "0"), (float("nan"), "nan"), (1.0, "4.9")])
+def test_what_is_no_prediction_never_leaves(
+    serve: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, value: float, norm: str
+) -> None:
+    """One line of log; the fault is the model's."""
+
+    def answer(_: Any, batch: Any) -> np.ndarray:
+        return np.full((len(batch), D), value, np.float32)
+
+    with serve() as started, monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
+        patch.setattr("prime_jax.predict.batcher.Batcher._call", answer)
+        found = started.client.post("/predict", json=body())
+        assert found.status_code == 500
+        assert found.json() == {"error": "something went wrong in the server; its log says what"}
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert line.startswith(f"POST /predict failed: WrongAnswerError: norm {norm}")
+    assert "\n" not in line
+    assert record.exc_info is None
+
+
 def test_paths_and_methods_that_are_not_there(served: Served) -> None:
     assert served.client.get("/nothing").status_code == 404
     assert served.client.get("/predict").status_code == 405
@@ -202,7 +278,7 @@ def test_an_unexpected_error_says_nothing_of_the_inside(
     serve: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def fails(*_: Any) -> None:
-        raise RuntimeError("the password is 1234")
+        raise RuntimeError("the password is 1234\n" + "x" * 10_000)
 
     with serve() as started, monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
         patch.setattr("prime_jax.predict.batcher.Batcher._call", fails)
@@ -211,8 +287,15 @@ def test_an_unexpected_error_says_nothing_of_the_inside(
         assert answer.json() == {"error": "something went wrong in the server; its log says what"}
         patch.undo()
         assert started.client.post("/predict", json=body()).status_code == 200
-    assert "POST /predict failed" in caplog.text
-    assert "the password is 1234" in caplog.text
+    (record,) = caplog.records
+    line = record.getMessage()
+    assert re.fullmatch(
+        r"POST /predict failed: RuntimeError: the password is 1234 x+\.\.\. "
+        r"\(at \S+\.py:\d+( < \S+\.py:\d+)*\)",
+        line,
+    )
+    assert len(line) < 400
+    assert record.exc_info is None
 
 
 def test_health_says_what_is_served(served: Served) -> None:

@@ -127,6 +127,33 @@ def test_a_bad_turn_changes_nothing(served: Served, turn: list[float], message: 
     served.client.delete(path)
 
 
+def test_what_is_no_embedding_changes_nothing(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    """A turn of bytes in the wrong order stayed in the window, and every later answer was NaN."""
+    path = start(served)
+    served.client.post(f"{path}/turns", json={"turn_embedding": TURNS[0].tolist()})
+    expected = predicted(served, path)
+    for turn in ([1e22] * D, [1e-20] * D):
+        answer = served.client.post(f"{path}/turns", json={"turn_embedding": turn})
+        assert answer.status_code == 422
+        assert "turn_embedding has norm 4.9e" in answer.json()["error"]
+    answer = served.client.post(f"{path}/predict", json={"query_embedding": [0.0] * D})
+    assert answer.status_code == 422
+    assert "query_embedding has norm 0.0e+00" in answer.json()["error"]
+    headers = {"content-type": "application/octet-stream"}
+    elsewhere = served.predictor.session()
+    elsewhere.append(np.full(D, 1e5, np.float32))
+    saved = elsewhere.save()
+    with pytest.MonkeyPatch.context() as patch:  # as a session of another server may hold it
+        patch.setattr("prime_jax.serve.plausible.LARGEST", 1e4)
+        answer = served.client.put(f"{path}/state", content=saved, headers=headers)
+    assert answer.status_code == 422
+    assert "the saved session: turn 0 has norm 4.9e+05" in answer.json()["error"]
+    assert served.client.get(path).json()["turns"] == 1
+    np.testing.assert_array_equal(predicted(served, path), expected)
+    assert caplog.text == ""
+    served.client.delete(path)
+
+
 def test_requests_of_one_session_take_turns(served: Served) -> None:
     path = start(served)
     served.client.post(f"{path}/turns", json={"turn_embedding": TURNS[0].tolist()})
