@@ -36,26 +36,26 @@ def short_texts_are_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("prime_jax.nn.bert.FUSED_FROM", 16)
 
 
-def products(encoder: BertTextEncoder) -> list[str]:
-    """Precision of every matrix product of the compiled program."""
+def products(encoder: BertTextEncoder) -> set[tuple[str, ...]]:
+    """Precision and dtype of the factors of every matrix product of the compiled program."""
     batch = np.zeros((2, 16), np.int32), np.full(2, 5, np.int32)
     text = encoder._embed.lower(encoder._weights, *batch).as_text()
-    found = re.findall(r"dot_general.*precision = \[(\w+), (\w+)\]", text)
-    assert found
-    return [f"{left} {right}" for left, right in found]
+    assert text.count("dot_general") == 2 * 6  # of each layer
+    kinds = r"precision = \[(\w+), (\w+)\] : \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)"
+    return set(re.findall(kinds, text))
 
 
 def test_float32_is_what_it_was(folder: Path, exact: np.ndarray) -> None:
     named, plain = BertTextEncoder(folder, precision="float32"), BertTextEncoder(folder)
     assert named.identity == plain.identity
     np.testing.assert_array_equal(named.encode(TEXTS), exact)
-    assert set(products(named)) == {"HIGHEST HIGHEST"}
+    assert products(named) == {("HIGHEST", "HIGHEST", "f32", "f32")}
 
 
 def test_tf32_leaves_the_rounding_to_the_device(folder: Path, exact: np.ndarray) -> None:
     """To a CPU, which has none, it is float32."""
     encoder = BertTextEncoder(folder, precision="tf32")
-    assert set(products(encoder)) == {"DEFAULT DEFAULT"}
+    assert products(encoder) == {("DEFAULT", "DEFAULT", "f32", "f32")}
     np.testing.assert_array_equal(encoder.encode(TEXTS), exact)
 
 
@@ -65,6 +65,7 @@ def test_bfloat16_is_near(folder: Path, exact: np.ndarray, fused: bool) -> None:
     found = encoder.encode(TEXTS)
     assert (found * exact).sum(axis=1).min() >= 0.999
     assert np.abs(found - exact).max() > 1e-4  # it is another precision
+    assert {kind[2:] for kind in products(encoder)} == {("bf16", "bf16")}
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
 
 
@@ -116,3 +117,14 @@ def test_a_kernel_that_is_not_there_is_not_used(monkeypatch: pytest.MonkeyPatch)
     assert not has_fused_attention(2, 8)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # without cuDNN: trying it fails
     assert not has_fused_attention(2, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "near"), [("tf32", 0.9999), ("bfloat16", 0.999)])
+def test_on_a_gpu(folder: Path, exact: np.ndarray, precision: Any, near: float) -> None:
+    """With cuDNN's attention where it is there; padded, and alone."""
+    encoder = BertTextEncoder(folder, precision=precision)
+    found = encoder.encode(TEXTS)
+    assert (found * exact).sum(axis=1).min() >= near
+    alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
+    assert (found * alone).sum(axis=1).min() >= near

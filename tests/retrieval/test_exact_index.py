@@ -22,14 +22,16 @@ class Watched:
     """Rows that count how many of them were read."""
 
     def __init__(self, rows: np.ndarray):
-        self._rows, self.shape, self.dtype, self.read = rows, rows.shape, rows.dtype, 0
+        self._rows, self.shape, self.dtype = rows, rows.shape, rows.dtype
+        self.read = self.most = 0
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, wanted: Any) -> np.ndarray:
-        self.read += len(self._rows[wanted])
-        return self._rows[wanted]
+        part = self._rows[wanted]
+        self.read, self.most = self.read + len(part), max(self.most, len(part))
+        return part
 
 
 @pytest.fixture
@@ -133,7 +135,7 @@ def test_a_cpu_keeps_nothing_and_looks_for_nan_once() -> None:
     corpus = Watched(CORPUS)
     index = ExactIndex(corpus, corpus_chunk=64)
     one, other = (index.search(QUERIES, 5) for _ in range(2))
-    assert (index.resident, corpus.read) == (False, 600)
+    assert (index.resident, corpus.read, corpus.most) == (False, 600, 64)
     np.testing.assert_array_equal(one[1], other[1])
 
 
@@ -174,3 +176,23 @@ def test_scopes_are_of_one_kind_and_for_both() -> None:
         index.search(QUERIES, 2)
     with pytest.raises(DataError, match="both of one kind"):
         index.search(QUERIES, 2, query_scope=np.zeros(9, int))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_on_a_gpu(dtype: type) -> None:
+    """Kept and streamed, with exclusions, to float32's accuracy."""
+    corpus = RNG.normal(size=(70_000, 128)).astype(dtype)
+    queries = RNG.normal(size=(300, 128)).astype(np.float32)
+    exclude = [RNG.integers(0, 70_000, 5) for _ in queries]
+    forbidden = np.zeros((300, 70_000), bool)
+    forbidden[np.arange(300)[:, None], np.stack(exclude)] = True
+    index = ExactIndex(corpus)
+    found = [index.search(queries, 10, exclude=exclude) for _ in range(2)]
+    assert index.resident
+    for answer in (*found, search(queries, corpus, 10, exclude=exclude)):
+        assert_best(answer, queries, corpus, forbidden)
+    broken = corpus.copy()
+    broken[66_000, 7] = np.nan
+    with pytest.raises(DataError, match="corpus row 66000 contains NaN or Inf"):
+        ExactIndex(broken).search(queries, 10)

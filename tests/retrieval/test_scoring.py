@@ -1,12 +1,15 @@
 """The steps of exact search: the best of a tile, and float32 queries as pairs of halves."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prime_jax.retrieval.scoring import device_magnitude, exact_top_k, magnitude, split_queries
+from prime_jax.retrieval.scoring import device_magnitude, exact_top_k, magnitude, merging, split_queries
 
 
 @settings(max_examples=30, deadline=None)
@@ -54,3 +57,16 @@ def test_the_largest_magnitude_is_that_of_the_values(dtype: type) -> None:
             wrong = values.copy()
             wrong[1, 0] = broken
             assert not np.isfinite(np.asarray(compute(wrong)).view(dtype))
+
+
+@pytest.mark.parametrize(("halves", "factors"), [(True, ["f16 f16 f32"] * 2), (False, ["f32 f32 f32"])])
+def test_what_a_float16_corpus_is_multiplied_in(halves: bool, factors: list[str]) -> None:
+    """Factors and sums of every product of the compiled step: no float32 factor where halves are fast."""
+    query = jnp.zeros((2, 16, 8), jnp.float16) if halves else jnp.zeros((1, 16, 8), jnp.float32)
+    best = jnp.zeros((16, 3)), jnp.zeros((16, 3), jnp.int32)
+    one = jnp.asarray(1, jnp.int32)
+    lowered = merging(None, 3).lower(
+        *best, query, jnp.zeros((64, 8), jnp.float16), one, one, None, None, None
+    )
+    kinds = r"dot_general.*tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\) -> tensor<[\dx]+x(\w+)>"
+    assert [" ".join(found) for found in re.findall(kinds, lowered.as_text())] == factors
