@@ -25,7 +25,7 @@ def user_path(text: str) -> Path:
         ValueError: If there is no such home.
     """
     try:
-        return Path(text).expanduser()
+        return Path(text).expanduser() if text.startswith("~") else Path(text)  # ./~ is a folder here
     except RuntimeError as unknown:
         raise ValueError(f"{text}: {unknown}") from None
 

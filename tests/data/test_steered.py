@@ -281,6 +281,7 @@ class TestOpening:
             ("negatives_dev", lambda a: a.astype(np.int64), "negatives_dev.npy: does not hold"),
             ("steering_dev", lambda a: a[1:], r"shape \(55, 4, 24\), not \(56, 4, 24\)"),
             ("steering_dev", lambda a: a[:, :3], r"steering_dev.npy: has the shape"),
+            ("steering_dev", lambda a: np.where(a == a[7, 0], np.inf, a), r"dev.npy: row 7 holds NaN or Inf"),
         ],
     )  # fmt: skip
     def test_arrays_that_do_not_fit(self, file: str, change: Change, said: str, copy: Path) -> None:
