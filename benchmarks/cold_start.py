@@ -44,7 +44,7 @@ def load(folder: Path, precision: Any) -> dict[str, Any]:
         if name in COUNTED:
             counts[name] += 1
 
-    def count_programs(event: str, _: float, **__: object) -> None:
+    def count_programs(event: str, duration_secs: float, **_: object) -> None:
         counts["programs"] += event.endswith("backend_compile_duration")
 
     monitoring.register_event_listener(count)

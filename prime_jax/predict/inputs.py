@@ -51,13 +51,17 @@ def checked(
     return request
 
 
-def check_values(request: Request) -> None:
+def check_values(request: Request, *, least: float = LEAST_NORM) -> None:
     """Refuse NaN, Inf and impossible norms; padded turns may hold anything.
+
+    Args:
+        request: What to look at.
+        least: Smallest norm of a query.
 
     Raises:
         PredictorError: Naming the first such vector.
     """
-    usual("query", request.query, least=LEAST_NORM)
+    usual("query", request.query, least=least)
     usual("context", request.context, request.mask)
 
 

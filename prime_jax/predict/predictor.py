@@ -140,7 +140,14 @@ class Predictor:
         """Serve a model that is already in memory."""
         return cls(model, precision=precision, batch_sizes=batch_sizes)
 
-    def predict(self, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None) -> Vectors:
+    def predict(
+        self,
+        context: ArrayLike,
+        query: ArrayLike,
+        context_mask: ArrayLike | None = None,
+        *,
+        zero_query: bool = False,
+    ) -> Vectors:
         """Predict where in the embedding space the ideal passage lies.
 
         Args:
@@ -148,6 +155,8 @@ class Predictor:
                 max_context_length; or `[N, D]` for one request.
             query: Embedding of the query, `[B, D]`, or `[D]` for one request.
             context_mask: True where a turn is real, `[B, N]` or `[N]`; None means all are.
+            zero_query: Take queries of any small norm, zero too, and their answers as they come: for
+                ablations that ask what a model knows without its query.
 
         Returns:
             Unit-norm float32 vectors to search with, `[B, E]`, or `[E]` for one request.
@@ -157,7 +166,7 @@ class Predictor:
                 has (`inputs`), or where the answer is no unit vector.
         """
         request = shaped(self.model.config, context, query, context_mask)
-        rows = self._begin(*request[:3]).result()
+        rows = self._begin(*request[:3]).result(zero_query=zero_query)
         answer: Vectors = rows[0] if request.single else rows
         return answer
 

@@ -263,6 +263,17 @@ def test_raw_embeddings_of_any_honest_norm_pass(predictor: Predictor) -> None:
         )
 
 
+def test_an_ablation_may_ask_without_a_query(predictor: Predictor) -> None:
+    context, query = inputs(2)
+    answers = predictor.predict(context, 0 * query, zero_query=True)
+    expected = predictor.model(jnp.asarray(context), jnp.zeros_like(query))
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
+    with pytest.raises(PredictorError, match=r"query\[0\] holds NaN"):
+        predictor.predict(context, np.nan * query, zero_query=True)
+    with pytest.raises(PredictorError, match=r"context\[0, 0\] has norm"):
+        predictor.predict(1e20 * context, 0 * query, zero_query=True)
+
+
 def test_an_answer_that_is_no_unit_vector_is_refused() -> None:
     """Finite weights, as they are found in damaged files, may still give nothing."""
     model = EmbeddingPredictor(CONFIG.model_copy(update={"residual": "none"}), rngs=nnx.Rngs(0))
