@@ -32,7 +32,7 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
     found = {
         "no context": predictor.predict(test.context, test.query, nothing),
         "other context": predictor.predict(test.context[others], test.query, test.mask[others]),
-        "no query": predictor.predict(test.context, np.zeros_like(test.query), test.mask),
+        "no query": predictor.predict(test.context, np.zeros_like(test.query), test.mask, zero_query=True),
     }
     model = predictor.model
     rest = {}

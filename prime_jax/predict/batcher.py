@@ -2,7 +2,7 @@
 
 A prediction for 32 requests costs little more than one for a single request, because the weights are read
 once. The first request waits for others up to `max_delay_ms`; while the device is busy, the next batch
-gathers.
+gathers, and a full one is packed and sent before the answer of the present one is waited for.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,6 +43,32 @@ class _Waiting(NamedTuple):
     answer: "Future[np.ndarray]"
 
 
+@runtime_checkable
+class UnderWay(Protocol):
+    """A device call that has been started."""
+
+    def ready(self) -> bool:
+        """Whether `result` would not wait."""
+
+    def result(self) -> np.ndarray:
+        """Wait for the answers, `[B, E]`, or raise what went wrong."""
+
+
+class _Done(NamedTuple):
+    """A call that was answered at once."""
+
+    answers: np.ndarray
+
+    def ready(self) -> bool:
+        return True
+
+    def result(self) -> np.ndarray:
+        return self.answers
+
+
+Start = Callable[[np.ndarray, np.ndarray, np.ndarray], UnderWay]
+
+
 class Batcher:
     """Predicts for callers that come one at a time, in any number of threads or asyncio tasks.
 
@@ -58,6 +84,8 @@ class Batcher:
         max_delay_ms: How long a request may wait for company.
         max_queue: Most requests that wait; more are refused.
         on_call: Told the number of requests of every device call.
+        start: As `predict`, but comes back before the answer is there; called from the same thread. Without
+            it, one call ends before the next one starts.
     """
 
     def __init__(
@@ -69,6 +97,7 @@ class Batcher:
         max_delay_ms: float = 2.0,
         max_queue: int = 1024,
         on_call: Callable[[int], None] | None = None,
+        start: Start | None = None,
     ):
         if max_batch < 1 or max_queue < 1 or not max_delay_ms >= 0:
             raise PredictorError(
@@ -76,6 +105,7 @@ class Batcher:
                 f"{max_delay_ms} 0 or more"
             )
         self._predict, self._check, self._on_call = predict, check, on_call
+        self._start = start
         self._max_batch, self._max_queue = max_batch, max_queue
         self._delay = max_delay_ms / 1000
         self._queue: deque[_Waiting] = deque()
@@ -111,7 +141,9 @@ class Batcher:
             if len(self._queue) >= self._max_queue:
                 raise OverloadedError(f"{len(self._queue)} requests are waiting already; try again later")
             arrived = time.monotonic()
-            self._queue.append(_Waiting(contexts[0], queries[0], mask[0].copy(), arrived, future))
+            self._queue.append(
+                _Waiting(contexts[0].copy(), queries[0].copy(), mask[0].copy(), arrived, future)
+            )
             self._changed.notify()
         return future
 
@@ -156,10 +188,24 @@ class Batcher:
         self._queue = deque(waiting for waiting in self._queue if not waiting.answer.cancelled())
 
     def _work(self) -> None:
-        while batch := self._next():
+        running: tuple[list[_Waiting], UnderWay] | None = None
+        while True:
+            if running is not None and (running[1].ready() or not self._full()):
+                self._finish(*running)
+                running = None
+            batch = self._next()
             live = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
-            if live:
-                self._answer(live)
+            started = self._begin(live) if live else None
+            if running is not None:
+                self._finish(*running)
+            running = None if started is None else (live, started)
+            if running is None and not batch:
+                return
+
+    def _full(self) -> bool:
+        """Whether a full batch waits: a smaller one would keep out those that come meanwhile."""
+        with self._changed:
+            return len(self._queue) >= self._max_batch
 
     def _next(self) -> list[_Waiting]:
         """The next batch, waiting for it; empty when the batcher is closed and nothing is left."""
@@ -173,23 +219,39 @@ class Batcher:
                 self._changed.wait(left)
             return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
 
-    def _answer(self, batch: list[_Waiting]) -> None:
-        """One device call. If it fails, each request is tried alone: an error stays with its request."""
+    def _begin(self, batch: list[_Waiting]) -> UnderWay | None:
+        """Start one device call; where that fails already, the requests are answered one by one."""
         try:
-            answers = self._call(batch)
+            return self._call(batch)
         except Exception as failed:  # whatever it is belongs to the caller, not to this thread
-            if len(batch) == 1:
-                self._count(1)
-                batch[0].answer.set_exception(failed)
-                return
-            for waiting in batch:
-                self._answer([waiting])
+            self._separately(batch, failed)
+            return None
+
+    def _finish(self, batch: list[_Waiting], running: UnderWay) -> None:
+        """Give every request its answer. If the call failed, each is tried alone."""
+        try:
+            answers = running.result()
+            if len(answers) != len(batch):
+                raise PredictorError(f"{len(batch)} requests were answered with {len(answers)} predictions")
+        except Exception as failed:
+            self._separately(batch, failed)
             return
         self._count(len(batch))
-        for waiting, answer in zip(batch, answers, strict=True):  # `_call` has counted them
+        for waiting, answer in zip(batch, answers, strict=True):
             waiting.answer.set_result(answer)
 
-    def _call(self, batch: list[_Waiting]) -> np.ndarray:
+    def _separately(self, batch: list[_Waiting], failed: Exception) -> None:
+        """An error stays with its request: each one of a failed call is tried alone."""
+        if len(batch) == 1:
+            self._count(1)
+            batch[0].answer.set_exception(failed)
+            return
+        for waiting in batch:
+            if (alone := self._begin([waiting])) is not None:
+                self._finish([waiting], alone)
+
+    def _call(self, batch: list[_Waiting]) -> UnderWay:
+        """Join requests and start a device call."""
         longest = max(len(waiting.mask) for waiting in batch)
         context = np.zeros((len(batch), longest, len(batch[0].query)), np.float32)
         mask = np.zeros((len(batch), longest), bool)
@@ -200,10 +262,10 @@ class Batcher:
             self._calls += 1
         if self._on_call is not None:
             self._on_call(len(batch))
-        answers = self._predict(context, np.stack([waiting.query for waiting in batch]), mask)
-        if len(answers) != len(batch):
-            raise PredictorError(f"{len(batch)} requests were answered with {len(answers)} predictions")
-        return answers
+        query = np.stack([waiting.query for waiting in batch])
+        if self._start is not None:
+            return self._start(context, query, mask)
+        return _Done(self._predict(context, query, mask))
 
     def _count(self, answered: int) -> None:
         with self._changed:

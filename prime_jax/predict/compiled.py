@@ -6,11 +6,14 @@ another.
 """
 
 import hashlib
+import logging
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,18 +29,31 @@ COMPILER_OPTIONS: Mapping[str, dict[str, Any]] = {
     "reduce-overhead": {},
     "max-autotune": {"exec_time_optimization_effort": 1.0},
 }
+"""What XLA is told for each `compile_mode`."""
+GPU_OPTIONS: Mapping[str, Any] = {
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN",
+    "xla_gpu_graph_min_graph_size": 1,
+}
+"""Added on GPUs, but for the mode `default`: kernels are launched together, as command buffers (CUDA graphs).
+
+At batch 1 a prediction is dozens of kernels of a few microseconds each, and launching one takes as long. They
+go with our own programs only; XLA_FLAGS and the programs of others stay as they are.
+"""
 _SETTINGS = (
     "jax_compilation_cache_dir",
     "jax_persistent_cache_min_compile_time_secs",
     "jax_persistent_cache_min_entry_size_bytes",
 )
-_ONE_AT_A_TIME = threading.Lock()  # the folder is a setting of the whole process
+_LOG = logging.getLogger(__name__)
 
 
 def compile_ahead(
     function: Callable[..., Any], *arguments: Any, mode: str, donate: tuple[int, ...] = ()
 ) -> Callable[..., Any]:
     """Compile `function` for the shapes of `arguments`, or take the program from an earlier start.
+
+    Several threads may compile at once. What comes back is called by JAX's C++ dispatch and refuses every
+    other shape, so nothing is compiled behind a caller's back.
 
     Args:
         function: What to compile.
@@ -46,14 +62,43 @@ def compile_ahead(
         donate: Positions of arguments whose memory the program may take over.
     """
     lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
-    with _kept(cache_folder()):
-        return lowered.compile(compiler_options=COMPILER_OPTIONS[mode] or None)
+    options = dict(COMPILER_OPTIONS[mode])
+    if mode != "default" and jax.default_backend() == "gpu":
+        options |= GPU_OPTIONS
+    with kept(cache_folder()):
+        return _compile(lowered, options)
 
 
-def cache_folder() -> Path | None:
-    """Where programs are kept; None where they are not, or where the user has given JAX a folder already."""
-    if getattr(jax.config, _SETTINGS[0]):
-        return None
+def _compile(lowered: Any, options: dict[str, Any]) -> Callable[..., Any]:
+    """Compile with those of `GPU_OPTIONS` that this version of XLA knows: they only make a program faster."""
+    while True:
+        try:
+            program: Callable[..., Any] = lowered.compile(compiler_options=options or None)
+        except Exception as refused:  # XLA names the option that it does not know
+            unknown = [name for name in options if name in GPU_OPTIONS and name in str(refused)]
+            if not unknown:
+                raise
+            _LOG.debug("this version of XLA does not take %s", ", ".join(unknown))
+            options = {name: value for name, value in options.items() if name not in unknown}
+        else:
+            return program
+
+
+def compile_all(jobs: Sequence[Callable[[], Any]], done: Callable[[], None]) -> None:
+    """Run jobs that compile, side by side: XLA compiles outside Python's lock.
+
+    Args:
+        jobs: Each compiles something and keeps it, its error too.
+        done: Called after each job.
+    """
+    with kept(cache_folder()), ThreadPoolExecutor(min(max(len(jobs), 1), os.cpu_count() or 1)) as pool:
+        for finished in as_completed([pool.submit(job) for job in jobs]):
+            finished.result()
+            done()
+
+
+def home() -> Path | None:
+    """The folder for what this library keeps between starts, for this processor; None to keep nothing."""
     chosen = os.environ.get(FOLDER)
     if chosen == "":
         return None
@@ -61,6 +106,24 @@ def cache_folder() -> Path | None:
     return (Path(chosen) if chosen else base) / f"jaxlib-{version('jaxlib')}-{_processor()}"
 
 
+def cache_folder() -> Path | None:
+    """Where programs are kept; None where they are not, or where the user has given JAX a folder already."""
+    theirs = getattr(jax.config, _SETTINGS[0])
+    if theirs and theirs != _KEEPING.folder:
+        return None
+    return home()
+
+
+def usable(folder: Path) -> bool:
+    """Make the folder, the user's alone, and say whether it can be written to."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:
+        return False
+    return os.access(folder, os.W_OK)
+
+
+@cache
 def _processor() -> str:
     """A short name for what this process compiles for."""
     facts = [platform.machine(), platform.processor(), str(jax.devices()[0].device_kind)]
@@ -71,32 +134,54 @@ def _processor() -> str:
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:12]
 
 
+class _Keeping:
+    """Whose folder JAX keeps programs in at this moment: a setting of the whole process, so it is counted."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.users = 0
+        self.folder: str | None = None
+        self.before: dict[str, Any] = {}
+
+    def enter(self, folder: Path) -> None:
+        """Set the folder, if nobody has."""
+        with self.lock:
+            self.users += 1
+            if self.users > 1:
+                return
+            self.before = {name: getattr(jax.config, name) for name in _SETTINGS}
+            self.folder = str(folder)
+            for name, value in zip(_SETTINGS, (self.folder, 0.0, -1), strict=True):
+                jax.config.update(name, value)
+            compilation_cache.reset_cache()
+
+    def leave(self) -> None:
+        """Put back what was set before, if nobody needs the folder any more."""
+        with self.lock:
+            self.users -= 1
+            if self.users > 0:
+                return
+            for name, value in self.before.items():
+                jax.config.update(name, value)
+            self.folder = None
+            compilation_cache.reset_cache()
+
+
+_KEEPING = _Keeping()
+
+
 @contextmanager
-def _kept(folder: Path | None) -> Iterator[None]:
+def kept(folder: Path | None) -> Iterator[None]:
     """Let JAX keep what it compiles in `folder` meanwhile; an unusable folder costs only time.
 
-    The folder is a setting of the whole process. Where other threads compile at that moment, JAX may miss one
-    program, which is then kept the next time.
+    XLA's autotuning results for GPUs go there too (`jax_persistent_cache_enable_xla_caches`, which JAX sets).
+    The folder is a setting of the whole process: what others compile at that moment is kept there as well.
     """
-    if folder is None:
+    if folder is None or not usable(folder):
         yield
         return
+    _KEEPING.enter(folder)
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        usable = os.access(folder, os.W_OK)
-    except OSError:
-        usable = False
-    if not usable:
         yield
-        return
-    with _ONE_AT_A_TIME:
-        before = {name: getattr(jax.config, name) for name in _SETTINGS}
-        try:
-            for name, value in zip(_SETTINGS, (str(folder), 0.0, -1), strict=True):
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
-            yield
-        finally:
-            for name, value in before.items():
-                jax.config.update(name, value)
-            compilation_cache.reset_cache()
+    finally:
+        _KEEPING.leave()

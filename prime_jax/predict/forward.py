@@ -176,7 +176,8 @@ def affine(x: Float[Array, "*a I"], weights: Affine) -> Float[Array, "*a O"]:
     """
     rows = x.reshape(-1, x.shape[-1]).astype(weights.kernel.dtype)
     count = rows.shape[0]
-    if weights.outputs_first and (count == 1 or count > CPU_ROWS):
+    cpu_bfloat16 = weights.outputs_first and rows.dtype == jnp.bfloat16
+    if cpu_bfloat16 and (count == 1 or count > CPU_ROWS):
         rows = jnp.pad(rows, ((0, 1 if count == 1 else -count % CPU_ROWS), (0, 0)))
     multiplied: Array = jax.lax.dot_general(
         rows,

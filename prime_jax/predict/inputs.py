@@ -1,4 +1,9 @@
-"""Checks what callers pass in before anything runs: shapes, dtypes, NaN and Inf, each named."""
+"""Checks what callers pass in: shapes and dtypes before anything runs; NaN, Inf and norms that cannot be.
+
+An embedding is a direction, of norm 1 or, as some encoders give it, of some hundreds. A query of norm zero
+points nowhere, and one of 1e-30 or 1e30 is something else decoded as float32, mostly bytes in the wrong
+order. Both would give a vector that looks like an answer, so both are refused.
+"""
 
 from typing import NamedTuple
 
@@ -11,6 +16,9 @@ from prime_jax.models import AnyConfig
 from prime_jax.models.jasper import SteeredConfig
 
 Vectors = np.ndarray
+
+LEAST_NORM, LARGEST_NORM = 1e-6, 1e8
+"""Norms that a query may have. A turn may be zero (it says nothing, as steering may), but no larger."""
 
 
 class Request(NamedTuple):
@@ -35,7 +43,35 @@ def checked(
     """The arguments of `Predictor.predict` as float32 and bool arrays with a batch axis.
 
     Raises:
-        PredictorError: For a wrong shape or dtype, too many turns, NaN or Inf; the message says where.
+        PredictorError: For a wrong shape or dtype, too many turns, NaN, Inf, or a norm that cannot be; the
+            message says where.
+    """
+    request = shaped(config, context, query, context_mask)
+    check_values(request)
+    return request
+
+
+def check_values(request: Request, *, least: float = LEAST_NORM) -> None:
+    """Refuse NaN, Inf and impossible norms; padded turns may hold anything.
+
+    Args:
+        request: What to look at.
+        least: Smallest norm of a query.
+
+    Raises:
+        PredictorError: Naming the first such vector.
+    """
+    usual("query", request.query, least=least)
+    usual("context", request.context, request.mask)
+
+
+def shaped(
+    config: AnyConfig, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None
+) -> Request:
+    """As `checked`, before anybody has looked at the numbers.
+
+    Raises:
+        PredictorError: For a wrong shape or dtype, or too many turns; the message says where.
     """
     contexts, queries = floats("context", context), floats("query", query)
     single = queries.ndim == 1
@@ -62,8 +98,6 @@ def checked(
                 f"context_mask is {mask.dtype} {np.shape(context_mask)}, expected bool "
                 f"{np.shape(context)[:-1]}"
             )
-    finite("query", queries)
-    finite("context", contexts, mask)
     return Request(contexts, queries, mask, single)
 
 
@@ -110,33 +144,47 @@ def floats(name: str, value: ArrayLike) -> Vectors:
         array = np.asarray(value)
     except ValueError as ragged:
         raise PredictorError(f"{name} is not an array: {ragged}") from None
+    if array.dtype == np.float32:
+        return array
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise PredictorError(f"{name} has dtype {array.dtype}, expected floating-point embeddings")
-    with np.errstate(over="ignore"):  # what becomes Inf is refused by `finite`
+    with np.errstate(over="ignore"):  # what becomes Inf is refused later
         return array.astype(np.float32)
 
 
-def finite(name: str, array: Vectors, real: np.ndarray | None = None) -> None:
-    """Refuse NaN and Inf in the vectors that count; padded turns may hold anything.
+def usual(name: str, array: Vectors, real: np.ndarray | None = None, *, least: float = 0.0) -> None:
+    """Refuse vectors with NaN, Inf or a norm that no embedding has.
+
+    Args:
+        name: What the array is, for the message.
+        array: Vectors on the last axis, float32.
+        real: True where a vector counts, others may hold anything; None means that all count.
+        least: Smallest norm; none by default.
 
     Raises:
         PredictorError: Naming the first such vector.
     """
-    bad = ~np.isfinite(array).all(axis=-1)
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        squared = np.einsum("...d,...d->...", array, array)
+        bad = ~((squared <= LARGEST_NORM**2) & (squared >= least**2))
     if real is not None:
         bad &= real
     if bad.any():
-        where = ", ".join(str(int(part)) for part in np.argwhere(bad)[0])
-        raise PredictorError(f"{name}[{where}] holds NaN or Inf (or a number too large for float32)")
+        raise PredictorError(_unusual(name, array, bad))
 
 
-def padded(array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The array with zeros behind it, up to `shape` on its first axes; itself where it has that shape."""
-    if array.shape[: len(shape)] == shape:
-        return array
-    padded = np.zeros((*shape, *array.shape[len(shape) :]), array.dtype)
-    padded[tuple(slice(size) for size in array.shape)] = array
-    return padded
+def _unusual(name: str, array: Vectors, bad: np.ndarray) -> str:
+    """What is wrong with the first vector that is not finite or, if all are, with the first bad one."""
+    endless = bad & ~np.isfinite(array).all(axis=-1)
+    first = tuple(np.argwhere(endless if endless.any() else bad)[0])
+    where = f"[{', '.join(str(int(part)) for part in first)}]" if first else ""
+    if endless.any():
+        return f"{name}{where} holds NaN or Inf (or a number too large for float32)"
+    norm = float(np.linalg.norm(array[first].astype(np.float64)))
+    return (
+        f"{name}{where} has norm {norm:.3g}, which no embedding has (expected {LEAST_NORM:g} to "
+        f"{LARGEST_NORM:g}); is it decoded with the right dtype and byte order?"
+    )
 
 
 def sample(config: AnyConfig, batch: int) -> tuple[Vectors, Vectors, np.ndarray]:

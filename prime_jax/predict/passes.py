@@ -20,11 +20,12 @@ class ForwardPass(NamedTuple):
     """How a model predicts.
 
     Attributes:
-        lay_out: Gives the weights for a compute dtype.
+        lay_out: Gives the weights for a compute dtype; takes `outputs_first` and `compile_with` by name, as
+            `weights.lay_out` does.
         program: `program(attention, dtype)` is the function of weights, context, query and mask to compile.
     """
 
-    lay_out: Callable[[DType], Any]
+    lay_out: Callable[..., Any]
     program: Callable[[Attention, DType], Callable[..., Array]]
 
 
@@ -37,7 +38,7 @@ def forward_pass(model: Model) -> ForwardPass:
             lambda attention, dtype: partial(forward, config=config, attention=attention),
         )
     return ForwardPass(
-        lambda dtype: nnx.to_pure_dict(nnx.state(model, nnx.Param)),
+        lambda dtype, **how: nnx.to_pure_dict(nnx.state(model, nnx.Param)),
         lambda attention, dtype: partial(_plain, config=model.config, dtype=dtype),
     )
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 from numpy.typing import ArrayLike
@@ -27,21 +26,18 @@ from prime_jax.models.confidence import Confidence, read_confidence
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
-from prime_jax.predict.compiled import compile_ahead
-from prime_jax.predict.inputs import Request, Vectors, checked, padded, sample, steered_request
+from prime_jax.predict.inputs import Request, Vectors, checked, shaped, steered_request
 from prime_jax.predict.judging import Answer, check_guard, judge
-from prime_jax.predict.passes import forward_pass
-from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, check_known, choose
+from prime_jax.predict.precision import Precision, Recipe, check_known
+from prime_jax.predict.programs import Programs
 from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms
+from prime_jax.predict.started import Started
 from prime_jax.predict.text import Contexts, Queries, TextPaths, named_encoder
-from prime_jax.predict.weights import DType
-from prime_jax.progress import progress
 from prime_jax.train import checkpoints
 
 BATCH_SIZES = (1, 8, 32)
-Program = Callable[..., Any]
 
 
 def load(
@@ -135,12 +131,8 @@ class Predictor:
         self.target_head = target_head
         self.confidence = confidence
         self._facts = dict(facts or {})
-        self._precision: Precision = precision
         self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)
-        self._forward = forward_pass(model)
-        self._weights: dict[DType, Any] = {}
-        self._programs: dict[tuple[int, int, Recipe], Program] = {}
-        self._choices: dict[int, Choice] = {}
+        self._programs = Programs(model, precision, self._buckets)
         self._session_programs: dict[tuple[int, Recipe], SessionPrograms] = {}
         self._warmup_seconds: float | None = None
         self._texts = TextPaths(self)
@@ -155,7 +147,14 @@ class Predictor:
         """Serve a model that is already in memory."""
         return cls(model, precision=precision, batch_sizes=batch_sizes)
 
-    def predict(self, context: ArrayLike, query: ArrayLike, context_mask: ArrayLike | None = None) -> Vectors:
+    def predict(
+        self,
+        context: ArrayLike,
+        query: ArrayLike,
+        context_mask: ArrayLike | None = None,
+        *,
+        zero_query: bool = False,
+    ) -> Vectors:
         """Predict where in the embedding space the ideal passage lies.
 
         Args:
@@ -163,23 +162,19 @@ class Predictor:
                 max_context_length; or `[N, D]` for one request.
             query: Embedding of the query, `[B, D]`, or `[D]` for one request.
             context_mask: True where a turn is real, `[B, N]` or `[N]`; None means all are.
+            zero_query: Take queries of any small norm, zero too, and their answers as they come: for
+                ablations that ask what a model knows without its query.
 
         Returns:
             Unit-norm float32 vectors to search with, `[B, E]`, or `[E]` for one request.
 
         Raises:
-            PredictorError: For a wrong shape or dtype, too many turns, NaN or Inf.
+            PredictorError: For a wrong shape or dtype, too many turns, NaN, Inf or a norm that no embedding
+                has (`inputs`), or where the answer is no unit vector.
         """
-        contexts, queries, mask, single = checked(self.model.config, context, query, context_mask)
-        most = self._buckets[-1]
-        parts = [
-            self._run(
-                contexts[start : start + most], queries[start : start + most], mask[start : start + most]
-            )
-            for start in range(0, len(queries), most)
-        ]
-        rows = np.concatenate(parts) if parts else np.zeros((0, self.model.config.output_dim), np.float32)
-        answer: Vectors = rows[0] if single else rows
+        request = shaped(self.model.config, context, query, context_mask)
+        rows = self._begin(*request[:3]).result(zero_query=zero_query)
+        answer: Vectors = rows[0] if request.single else rows
         return answer
 
     def predict_text(
@@ -254,12 +249,12 @@ class Predictor:
             raise PredictorError(f"a session of {batch} conversations is none")
         if precision is None:
             nearest = next((size for size in self._buckets if size >= batch), self._buckets[-1])
-            recipe = self._choice(nearest).recipe
+            recipe = self._programs.choice(nearest).recipe
         else:
-            recipe = self._choose(batch, precision).recipe
+            recipe = self._programs.choose(batch, precision).recipe
         with self._preparing:
             if (batch, recipe) not in self._session_programs:
-                weights = self._laid_out(recipe.dtype)
+                weights = self._programs.weights(recipe)
                 self._session_programs[batch, recipe] = SessionPrograms(
                     self.model.config, weights, recipe, batch
                 )
@@ -288,6 +283,7 @@ class Predictor:
             max_delay_ms=max_delay_ms,
             max_queue=max_queue,
             on_call=on_call,
+            start=self._begin,
         )
 
     def predict_one(self, request: PredictorInput) -> PredictorOutput:
@@ -303,11 +299,7 @@ class Predictor:
         if not self.model.config.use_static_cache:
             return
         started = time.perf_counter()
-        with progress("Compiling the predictor", len(self._buckets), "batch sizes") as step:
-            for batch in self._buckets:
-                self._program(batch, self.model.config.max_context_length, self._choice(batch).recipe)
-                step(1, f"batch {batch}: {self._choice(batch).recipe.dtype}")
-        self._drop_unused()
+        self._programs.warm_up()
         self._warmup_seconds = time.perf_counter() - started
 
     def map_memory(self, embeddings: Any) -> Any:
@@ -332,69 +324,13 @@ class Predictor:
             "batch_shapes": list(self._buckets) if config.use_static_cache else "as requested",
             "precision": {
                 batch: {**choice.recipe._asdict(), "why": choice.why}
-                for batch, choice in sorted(self._choices.items())
+                for batch, choice in sorted(self._programs.choices.items())
             },
             "warmup_seconds": self._warmup_seconds,
             "device": str(jax.local_devices()[0]),
             **{name: fact for name, fact in self._facts.items() if name != "files"},
         }
 
-    def _run(self, context: Vectors, query: Vectors, mask: np.ndarray) -> Vectors:
-        """Predict up to max_batch_size rows, padded to the next compiled shape."""
-        rows = len(mask)
-        if self.model.config.use_static_cache:
-            batch = next(size for size in self._buckets if size >= rows)
-            recipe = self._choice(batch).recipe
-            shape = (batch, self.model.config.max_context_length)
-            context, query = padded(context, shape), padded(query, shape[:1])
-            mask = padded(mask, shape)
-        else:  # no fixed shape to measure: what was asked for, or exact
-            recipe = self._choice(self._buckets[-1]).recipe if self._precision == "bfloat16" else EXACT
-        program = self._program(len(mask), mask.shape[1], recipe)
-        return np.asarray(program(self._laid_out(recipe.dtype), context, query, mask))[:rows]
-
-    def _choice(self, batch: int) -> Choice:
-        """How batches of this compiled size are computed, chosen once."""
-        with self._preparing:
-            if batch not in self._choices:
-                self._choices[batch] = self._choose(batch, self._precision)
-            return self._choices[batch]
-
-    def _choose(self, batch: int, precision: Precision) -> Choice:
-        inputs = sample(self.model.config, batch)
-
-        def prepare(recipe: Recipe) -> Callable[[], jax.Array]:
-            program = self._program(batch, self.model.config.max_context_length, recipe)
-            return partial(program, self._laid_out(recipe.dtype), *inputs)
-
-        return choose(precision, self.model.num_params(), prepare)
-
-    def _program(self, batch: int, turns: int, recipe: Recipe) -> Program:
-        """The compiled forward pass for one shape."""
-        with self._preparing:
-            key = (batch, turns, recipe)
-            if key not in self._programs:
-                shapes = self.model.config.fake_inputs(batch)
-                size = self.model.config.input_dim
-                self._programs[key] = compile_ahead(
-                    self._forward.program(recipe.attention, recipe.dtype),
-                    self._laid_out(recipe.dtype),
-                    jax.ShapeDtypeStruct((batch, turns, size), jnp.float32),
-                    shapes["query"],
-                    jax.ShapeDtypeStruct((batch, turns), jnp.bool_),
-                    mode=self.model.config.compile_mode,
-                )
-            return self._programs[key]
-
-    def _laid_out(self, dtype: DType) -> Any:
-        with self._preparing:
-            if dtype not in self._weights:
-                self._weights[dtype] = self._forward.lay_out(dtype)
-            return self._weights[dtype]
-
-    def _drop_unused(self) -> None:
-        """Free what only the measurement needed."""
-        recipes = {choice.recipe for choice in self._choices.values()}
-        dtypes = {recipe.dtype for recipe in recipes}
-        self._programs = {key: program for key, program in self._programs.items() if key[2] in recipes}
-        self._weights = {dtype: weights for dtype, weights in self._weights.items() if dtype in dtypes}
+    def _begin(self, context: Vectors, query: Vectors, mask: np.ndarray) -> "Started":
+        """Send a request that was checked for its shape to the device; its numbers are checked there."""
+        return Started(self._programs, Request(context, query, mask, False), self._buckets[-1])

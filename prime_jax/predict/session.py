@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from prime_jax.errors import PredictorError
-from prime_jax.predict.inputs import finite, rows
+from prime_jax.predict.inputs import LEAST_NORM, Request, rows, usual
 from prime_jax.predict.session_programs import SessionPrograms, new_turn_counts
+from prime_jax.predict.started import check_state
 
 FORMAT = "prime-jax session 1"
 
@@ -67,11 +68,12 @@ class Session:
                 ignored.
 
         Raises:
-            PredictorError: For a wrong shape or dtype, NaN or Inf. The session stays as it was.
+            PredictorError: For a wrong shape or dtype, NaN, Inf or a norm that no embedding has. The session
+                stays as it was.
         """
         turns, _ = rows("turn", turn, self.batch, self._config.input_dim)
         chosen = self._chosen(rows_to)
-        finite("turn", turns, chosen)
+        usual("turn", turns, chosen)
         with self._lock:
             for row in np.flatnonzero(chosen):
                 if self._lengths[row] == self._window.shape[1]:
@@ -91,12 +93,18 @@ class Session:
             Unit-norm float32 vectors `[B, E]`, or `[E]`.
 
         Raises:
-            PredictorError: For a wrong shape or dtype, NaN or Inf. The session stays as it was.
+            PredictorError: For a wrong shape or dtype, NaN, Inf or a norm that no embedding has. The session
+                keeps its turns.
         """
         queries, single = rows("query", query, self.batch, self._config.input_dim)
-        finite("query", queries)
         answers = self._advance(queries)
-        return answers[0] if single else answers
+        if answers[:, -1].any():
+            usual("query", queries, least=LEAST_NORM)
+            with self._lock:
+                context, mask = self.window()
+            check_state(answers[:, -1], Request(context, queries, mask, single))
+        vectors = np.array(answers[:, :-1], order="C")
+        return vectors[0] if single else vectors
 
     def prepare(self) -> None:
         """Compute the keys and values of new turns now, for instance while the user is typing."""
@@ -132,7 +140,7 @@ class Session:
                 f"the saved session has {turns.shape[0]} conversations of dimension {turns.shape[2]}, "
                 f"this one {self.batch} of {self._config.input_dim}"
             )
-        finite("saved turns", turns, np.arange(turns.shape[1]) < lengths[:, None])
+        usual("saved turns", turns, np.arange(turns.shape[1]) < lengths[:, None])
         with self._lock:
             self._cached[:] = 0
             for row, length in enumerate(lengths):
@@ -141,7 +149,7 @@ class Session:
                 self._lengths[row] = kept
 
     def _advance(self, query: np.ndarray) -> np.ndarray:
-        """Bring the cache up to date and answer the query."""
+        """Bring the cache up to date and answer the query: predictions with their state, `[B, E + 1]`."""
         with self._lock:
             start, count = self._cached, self._lengths - self._cached
             needed = int(count.max(initial=0))

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.models.prime import PredictorConfig
-from prime_jax.predict.compiled import compile_ahead
+from prime_jax.predict.compiled import compile_ahead, compile_all
 from prime_jax.predict.forward import Cache, advance, empty_cache
+from prime_jax.predict.packing import Flat, sound_input, with_state
 from prime_jax.predict.precision import Recipe
-from prime_jax.predict.weights import Weights
 from prime_jax.progress import progress
 
 FEW_TURNS = (0, 1, 2)
@@ -35,39 +35,78 @@ def new_turn_counts(config: PredictorConfig) -> tuple[int, ...]:
 class SessionPrograms:
     """The compiled programs of sessions of one batch size, and the weights they read.
 
+    New turns, query and two counts go to the device as one array; what comes back is the answer with its
+    state (`packing.with_state`).
+
     Attributes:
         config: The model's configuration.
         batch: How many conversations advance together.
     """
 
-    def __init__(self, config: PredictorConfig, weights: Weights, recipe: Recipe, batch: int):
+    def __init__(self, config: PredictorConfig, weights: Flat, recipe: Recipe, batch: int):
         self.config = config
-        self._weights = weights
+        self._weights = weights.arguments
         self.batch = batch
         self._advance: dict[int, Program] = {}
+        cache = jax.eval_shape(partial(empty_cache, config, batch))
+
+        def compile_for(new: int) -> None:
+            self._advance[new] = compile_ahead(
+                _advance_packed(config, weights, recipe, new),
+                cache,
+                jax.ShapeDtypeStruct((batch, (new + 1) * config.input_dim + 2), jnp.float32),
+                *weights.arguments,
+                mode=config.compile_mode,
+                donate=(0,),
+            )
+
         counts = new_turn_counts(config)
-        with progress("Compiling the session", len(counts), "programs") as step:
-            for new in counts:
-                self._advance[new] = compile_ahead(
-                    partial(advance, config=config, attention=recipe.attention),
-                    weights,
-                    jax.eval_shape(self.empty),
-                    jax.ShapeDtypeStruct((batch, new, config.input_dim), jnp.float32),
-                    jax.ShapeDtypeStruct((batch,), jnp.int32),
-                    jax.ShapeDtypeStruct((batch,), jnp.int32),
-                    jax.ShapeDtypeStruct((batch, config.input_dim), jnp.float32),
-                    mode=config.compile_mode,
-                    donate=(1,),
-                )
-                step(1)
+        with progress("Compiling the session", len(counts) + 1, "programs") as step:
+            self._empty = compile_ahead(partial(empty_cache, config, batch), mode="default")
+            step(1)
+            compile_all([partial(compile_for, new) for new in counts], lambda: step(1))
 
     def empty(self) -> Cache:
         """A cache without turns."""
-        return empty_cache(self.config, self.batch)
+        cache: Cache = self._empty()
+        return cache
 
     def advance(
         self, cache: Cache, turns: np.ndarray, start: np.ndarray, count: np.ndarray, query: np.ndarray
     ) -> tuple[jax.Array, Cache]:
-        """Add turns to the conversations and predict (`forward.advance`); `cache` is used up."""
-        answer, cache = self._advance[turns.shape[1]](self._weights, cache, turns, start, count, query)
+        """Add turns to the conversations and predict (`forward.advance`); `cache` is used up.
+
+        Returns:
+            Predictions and their state `[B, E + 1]`, and the new cache.
+        """
+        batch, new, size = turns.shape
+        packed = np.empty((batch, (new + 1) * size + 2), np.float32)
+        packed[:, : new * size] = turns.reshape(batch, new * size)
+        packed[:, new * size : -2] = query
+        packed[:, -2], packed[:, -1] = start, count
+        answer, cache = self._advance[new](cache, packed, *self._weights)
         return answer, cache
+
+
+def _advance_packed(config: PredictorConfig, weights: Flat, recipe: Recipe, new: int) -> Program:
+    """`forward.advance` on what `SessionPrograms.advance` packs."""
+    size = config.input_dim
+
+    def packed_advance(cache: Cache, packed: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, Cache]:
+        turns = packed[:, : new * size].reshape(packed.shape[0], new, size)
+        query = packed[:, new * size : -2]
+        start, count = packed[:, -2].astype(jnp.int32), packed[:, -1].astype(jnp.int32)
+        answer, cache = advance(
+            weights.restore(*arguments),
+            cache,
+            turns,
+            start,
+            count,
+            query,
+            config=config,
+            attention=recipe.attention,
+        )
+        fresh = jnp.arange(new) < count[:, None]
+        return with_state(answer, sound_input(turns, query, fresh)), cache
+
+    return packed_advance

@@ -173,7 +173,7 @@ def test_bad_input_is_refused_on_the_callers_thread(predictor: Predictor) -> Non
         with pytest.raises(PredictorError, match="5 turns, the model takes at most 4"):
             batch.predict(np.zeros((N + 1, D)), np.zeros(D))
         with pytest.raises(PredictorError, match="one request at a time"):
-            batch.submit(np.zeros((2, 1, D)), np.zeros((2, D)))
+            batch.submit(np.zeros((2, 1, D)), np.ones((2, D)))
         assert batch.stats() == (0, 0, 0)
 
 
@@ -238,3 +238,97 @@ def test_close_answers_what_waits_and_refuses_what_comes(device: Device) -> None
 def test_limits_must_make_sense(predictor: Predictor, options: dict[str, Any]) -> None:
     with pytest.raises(PredictorError, match="must be 1 or more, max_delay_ms"):
         predictor.batcher(**options)
+
+
+class Queue:
+    """A device as JAX shows it: calls are started at once, and end when they are let go."""
+
+    def __init__(self) -> None:
+        self.started: list[int] = []
+        self.begun = threading.Semaphore(0)
+        self.go = threading.Semaphore(0)
+        self.copied = threading.Event()  # starting takes until this is set
+        self.copied.set()
+
+    def start(self, context: np.ndarray, query: np.ndarray, mask: np.ndarray) -> "Call":
+        self.started.append(len(query))
+        self.begun.release()
+        assert self.copied.wait(timeout=30)
+        return Call(self, query)
+
+
+class Call:
+    """One of its calls, under way."""
+
+    def __init__(self, queue: Queue, query: np.ndarray) -> None:
+        self.queue, self.query = queue, query
+
+    def ready(self) -> bool:
+        return False
+
+    def result(self) -> np.ndarray:
+        assert self.queue.go.acquire(timeout=30)
+        if (self.query == 13).any():
+            raise RuntimeError("unlucky")
+        return 2 * self.query
+
+
+def overlapping(queue: Queue, **options: Any) -> Batcher:
+    def never(*_: np.ndarray) -> np.ndarray:
+        raise AssertionError("there is a way to start without waiting")
+
+    made = batcher(Device(), **options)
+    made.close()
+    return Batcher(never, made._check, max_delay_ms=0.0, start=queue.start, **options)
+
+
+def test_a_full_batch_is_sent_before_the_answer_of_the_present_one() -> None:
+    """No answer is let go until two batches are on the device; the third has to wait for the first."""
+    queue = Queue()
+    queue.copied.clear()
+    with overlapping(queue, max_batch=2) as batch:
+        futures = [ask(batch, 1)]
+        assert queue.begun.acquire(timeout=30)
+        futures += [ask(batch, value) for value in range(2, 7)]
+        queue.copied.set()
+        assert queue.begun.acquire(timeout=30)
+        assert queue.started == [1, 2]
+        assert not queue.begun.acquire(timeout=0.05)
+        assert not any(future.done() for future in futures)
+        queue.go.release()
+        assert futures[0].result(30)[0] == 2
+        assert queue.begun.acquire(timeout=30)
+        assert not any(future.done() for future in futures[1:])
+        queue.go.release(10)
+        assert [future.result(30)[0] for future in futures] == [2, 4, 6, 8, 10, 12]
+    assert queue.started == [1, 2, 2, 1]
+
+
+def test_what_does_not_fill_a_batch_waits_for_the_present_one() -> None:
+    """Sent at once it would keep out those that come while the device is busy."""
+    queue = Queue()
+    queue.copied.clear()
+    with overlapping(queue, max_batch=3) as batch:
+        futures = [ask(batch, 1)]
+        assert queue.begun.acquire(timeout=30)
+        futures += [ask(batch, 2), ask(batch, 3)]
+        queue.copied.set()
+        assert not queue.begun.acquire(timeout=0.05)
+        futures.append(ask(batch, 4))
+        queue.go.release(10)
+        assert [future.result(30)[0] for future in futures] == [2, 4, 6, 8]
+    assert queue.started == [1, 3]
+
+
+def test_an_error_of_one_call_does_not_touch_the_next() -> None:
+    queue = Queue()
+    with overlapping(queue, max_batch=2) as batch:
+        futures = [ask(batch, value) for value in (1, 13, 3, 4, 5, 6)]
+        queue.go.release(20)
+        for value, future in zip((1, 13, 3, 4, 5, 6), futures, strict=True):
+            if value == 13:
+                with pytest.raises(RuntimeError, match="unlucky"):
+                    future.result(30)
+            else:
+                assert future.result(30)[0] == 2 * value
+    assert batch.stats().requests == 6

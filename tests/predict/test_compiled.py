@@ -1,10 +1,12 @@
 """Compiled programs are kept for the next start, in a folder that is the user's own."""
 
+import os
 import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from prime_jax.predict.compiled import FOLDER, cache_folder, compile_ahead
+from prime_jax.predict.compiled import FOLDER, GPU_OPTIONS, _compile, cache_folder, compile_ahead, compile_all
 
 HIT = "/jax/compilation_cache/cache_hits"
 
@@ -122,3 +124,68 @@ def test_threads_may_compile_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert not jax.config.jax_compilation_cache_dir
     assert sorted(compiled(scale) for scale in (4.0, 5.0, 6.0)) == [4.0, 5.0, 6.0]
     assert len(list(tmp_path.rglob("jit__lambda*-cache"))) == 3
+
+
+def test_programs_compile_side_by_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two jobs that wait for each other: one after the other they would never end."""
+    monkeypatch.setenv(FOLDER, str(tmp_path))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    both = threading.Barrier(2, timeout=30)
+    answers: list[float] = []
+    steps: list[int] = []
+
+    def job(scale: float) -> None:
+        both.wait()
+        answers.append(compiled(scale))
+
+    compile_all([lambda: job(7.0), lambda: job(8.0)], lambda: steps.append(1))
+    assert sorted(answers) == [7.0, 8.0]
+    assert steps == [1, 1]
+    assert not jax.config.jax_compilation_cache_dir
+    assert len(list(tmp_path.rglob("jit__lambda*-cache"))) == 2
+
+
+class Lowered:
+    """As `jax.stages.Lowered` where XLA knows none of `unknown`."""
+
+    def __init__(self, *unknown: str) -> None:
+        self.unknown = unknown
+        self.taken: dict[str, Any] | None = None
+
+    def compile(self, compiler_options: dict[str, Any] | None) -> Any:
+        for name in compiler_options or {}:
+            if name in self.unknown:
+                raise RuntimeError(f"INVALID_ARGUMENT: No such compile option: '{name}'")
+        self.taken = compiler_options
+        return lambda: 1.0
+
+
+def test_options_for_gpus_that_a_version_does_not_know_are_left_out() -> None:
+    first, second = GPU_OPTIONS
+    lowered = Lowered(first)
+    _compile(lowered, {**GPU_OPTIONS, "exec_time_optimization_effort": 1.0})
+    assert lowered.taken == {second: GPU_OPTIONS[second], "exec_time_optimization_effort": 1.0}
+    lowered = Lowered(first, second)
+    _compile(lowered, dict(GPU_OPTIONS))
+    assert lowered.taken is None
+    with pytest.raises(RuntimeError, match="No such compile option: 'ours'"):
+        _compile(Lowered("ours"), {"ours": 1})
+
+
+def test_options_go_with_our_programs_on_gpus_and_with_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA takes them here, too, though they change nothing on a CPU; the process's flags stay as they are."""
+    seen: list[dict[str, Any]] = []
+
+    def watch(lowered: Any, options: dict[str, Any]) -> Any:
+        seen.append(options)
+        return _compile(lowered, options)
+
+    monkeypatch.setattr("prime_jax.predict.compiled._compile", watch)
+    flags = os.environ.get("XLA_FLAGS")
+    assert compiled(1.25, "reduce-overhead") == 1.25
+    with monkeypatch.context() as gpu:
+        gpu.setattr(jax, "default_backend", lambda: "gpu")
+        assert compiled(1.125, "reduce-overhead") == 1.125
+        assert compiled(1.375, "default") == 1.375
+    assert seen == [{}, dict(GPU_OPTIONS), {}]
+    assert os.environ.get("XLA_FLAGS") == flags

@@ -125,6 +125,19 @@ def test_products_of_any_number_of_rows(rows: int) -> None:
     np.testing.assert_array_equal(affine(jnp.asarray(x), half), x @ kernel + bias)
 
 
+@pytest.mark.parametrize("fields", [{"residual": "linear"}, {"residual": "copy", **LLAMA}])
+def test_float32_with_outputs_first_is_float32(fields: dict[str, Any]) -> None:
+    """Where that is faster: the same numbers in another place, and the same answers."""
+    model = make(**fields)
+    plain, turned = lay_out(model, "float32"), lay_out(model, "float32", outputs_first=True)
+    for left, right in zip(plain.layers, turned.layers, strict=True):
+        np.testing.assert_array_equal(left.in_proj.kernel, right.in_proj.kernel.T)
+        np.testing.assert_array_equal(left.mlp_out.kernel, right.mlp_out.kernel.T)
+        assert right.mlp_out.kernel.dtype == jnp.float32
+    answers = forward(turned, *map(jnp.asarray, requests(7)), config=model.config, attention="float32")
+    np.testing.assert_allclose(answers, expected(model, *requests(7)), atol=1e-5)
+
+
 def test_float32_weights_are_not_copied_but_where_they_are_split() -> None:
     model = make(num_layers=2)
     weights = lay_out(model, "float32")

@@ -106,6 +106,11 @@ def test_padded_turns_may_hold_anything(predictor: Predictor) -> None:
         (lambda c, q: (c, q.astype(str)), "query has dtype <U32, expected floating-point"),
         (lambda c, q: (c, q + np.array([[0], [np.nan]])), r"query\[1\] holds NaN or Inf"),
         (lambda c, q: (c * np.array([[[1], [np.inf], [1]]] * 2), q), r"context\[0, 1\] holds NaN or Inf"),
+        (lambda c, q: (c, q * np.array([[1], [0]])), r"query\[1\] has norm 0, which no embedding has"),
+        (lambda c, q: (c, q * np.array([[1], [1e-30]])), r"query\[1\] has norm .*e-30"),
+        (lambda c, q: (c, q * np.array([[1e12], [1]])), r"query\[0\] has norm .*e\+12"),
+        (lambda c, q: (c * 1e22, q), r"context\[0, 0\] has norm .*e\+22.* right dtype and byte order"),
+        (lambda c, q: (c, q.astype(">f4").view("<f4") * 1.0), r"query\[0\] (has norm|holds NaN)"),
         (lambda c, q: (c, q, np.ones((2, 2), bool)), "context_mask is bool"),
         (lambda c, q: (c, q, np.ones((2, 3), int)), "context_mask is int64"),
         (lambda c, q: ([[1.0], [2.0, 3.0]], q), "context is not an array"),
@@ -166,8 +171,8 @@ def test_precision_is_measured_for_each_shape_and_told(monkeypatch: pytest.Monke
         assert "ms, bfloat16" in shape["why"]
     exact = make().predict(*inputs(4))
     assert (predictor.predict(*inputs(4)) * exact).sum(axis=-1).min() > 0.999
-    recipes = {(shape["dtype"], shape["attention"]) for shape in told.values()}
-    assert {tuple(key[2]) for key in predictor._programs} == recipes  # the slower ones are gone
+    recipes = {(shape["dtype"], shape["attention"], shape["outputs_first"]) for shape in told.values()}
+    assert {tuple(recipe) for recipe in predictor._programs.recipes} == recipes  # the slower ones are gone
 
 
 def test_bfloat16_by_hand() -> None:
@@ -211,7 +216,7 @@ def test_every_compile_mode_gives_the_same_answer(predictor: Predictor, mode: st
 def test_without_fixed_shapes_requests_run_as_they_are(predictor: Predictor) -> None:
     exact = make(use_static_cache=False)
     np.testing.assert_allclose(exact.predict(*inputs(3, 2)), predictor.predict(*inputs(3, 2)), atol=1e-6)
-    assert {key[:2] for key in exact._programs} == {(3, 2)}
+    assert exact._programs.shapes == {(3, 2)}
 
 
 def test_info_says_what_is_served(predictor: Predictor) -> None:
@@ -226,3 +231,61 @@ def test_nothing_to_load(tmp_path: Path) -> None:
         prime_jax.load(tmp_path / "absent")
     with pytest.raises(CheckpointError, match="no complete checkpoint"):
         prime_jax.load(tmp_path)
+
+
+def test_a_bad_row_of_a_large_batch_is_named_by_its_place_in_all_of_it(predictor: Predictor) -> None:
+    """The program says that one is bad; it is the third row of the third chunk."""
+    context, query = inputs(11)
+    query[10] = np.nan
+    with pytest.raises(PredictorError, match=r"query\[10\] holds NaN"):
+        predictor.predict(context, query)
+    query[10], context[9, 1] = 1, np.inf
+    with pytest.raises(PredictorError, match=r"context\[9, 1\] holds NaN"):
+        predictor.predict(context, query)
+
+
+def test_what_an_earlier_request_left_in_a_buffer_does_not_show(predictor: Predictor) -> None:
+    """Buffers are used again: a refused request and a longer one came before."""
+    context, query = inputs(4)
+    expected = make().predict(context[:3, :2], query[:3])
+    with pytest.raises(PredictorError, match="holds NaN"):
+        predictor.predict(np.full_like(context, np.nan), np.full_like(query, np.nan))
+    np.testing.assert_array_equal(predictor.predict(context[:3, :2], query[:3]), expected)
+
+
+def test_raw_embeddings_of_any_honest_norm_pass(predictor: Predictor) -> None:
+    context, query = inputs(4)
+    for scale in (1e-4, 1e-2, 30, 3_000):
+        answers = predictor.predict(scale * context, scale * query)
+        np.testing.assert_allclose(np.linalg.norm(answers, axis=1), 1, atol=1e-5)
+        np.testing.assert_allclose(
+            answers, predictor.model(*map(jnp.asarray, (scale * context, scale * query))), atol=1e-5
+        )
+
+
+def test_an_ablation_may_ask_without_a_query(predictor: Predictor) -> None:
+    context, query = inputs(2)
+    answers = predictor.predict(context, 0 * query, zero_query=True)
+    expected = predictor.model(jnp.asarray(context), jnp.zeros_like(query))
+    np.testing.assert_allclose(answers, expected, atol=1e-5)
+    with pytest.raises(PredictorError, match=r"query\[0\] holds NaN"):
+        predictor.predict(context, np.nan * query, zero_query=True)
+    with pytest.raises(PredictorError, match=r"context\[0, 0\] has norm"):
+        predictor.predict(1e20 * context, 0 * query, zero_query=True)
+
+
+def test_an_answer_that_is_no_unit_vector_is_refused() -> None:
+    """Finite weights, as they are found in damaged files, may still give nothing."""
+    model = EmbeddingPredictor(CONFIG.model_copy(update={"residual": "none"}), rngs=nnx.Rngs(0))
+    model.output_proj.kernel[...] *= 0
+    with pytest.raises(PredictorError, match="the answer to request 0 is no unit vector"):
+        Predictor.from_model(model).predict(*inputs(2))
+
+
+def test_answers_are_the_callers_own(predictor: Predictor) -> None:
+    answers = predictor.predict(*inputs(2))
+    kept = answers.copy()
+    predictor.predict(*inputs(2, 1))
+    np.testing.assert_array_equal(answers, kept)
+    answers[:] = 0  # may be written to
+    assert answers.flags.c_contiguous

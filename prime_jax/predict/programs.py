@@ -1,0 +1,311 @@
+"""A predictor's compiled programs: one for each batch size, how it computes, the weights it reads."""
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+
+from prime_jax.models import Model
+from prime_jax.models.prime import PredictorConfig
+from prime_jax.predict.compiled import compile_ahead, compile_all
+from prime_jax.predict.inputs import Vectors, sample
+from prime_jax.predict.packing import Flat, Packing, flat, sound_input, with_state
+from prime_jax.predict.passes import forward_pass
+from prime_jax.predict.precision import (
+    EXACT,
+    MEASURED_FROM,
+    Choice,
+    Precision,
+    Recipe,
+    choose,
+    choose_all,
+    half_recipes,
+    transposed_pays,
+    unmeasured,
+)
+from prime_jax.predict.remembered import Remembered
+from prime_jax.progress import progress
+
+Shape = tuple[int, int]
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+class Program:
+    """One compiled shape. Safe to share between threads.
+
+    Args:
+        packing: How its requests are packed.
+        run: The compiled function of the packed request and the arguments that hold the weights.
+        weights: Those arguments.
+    """
+
+    def __init__(self, packing: Packing, run: Callable[..., Any], weights: tuple[jax.Array, ...]):
+        self.packing = packing
+        self._run = run
+        self._weights = weights
+        self._buffers: list[np.ndarray] = []  # not in use; a list's append and pop are atomic
+        self._remote = jax.default_backend() != "cpu"
+
+    def start(self, context: Vectors, query: Vectors, mask: np.ndarray) -> "Running":
+        """Send a request of up to the program's rows and turns to the device, without waiting for it."""
+        try:
+            buffer = self._buffers.pop()
+        except IndexError:
+            buffer = self.packing.buffer()
+        self.packing.pack(buffer, context, query, mask)
+        answer = self._run(buffer, *self._weights)
+        if self._remote:
+            answer.copy_to_host_async()
+        return Running(answer, len(mask), buffer, self._buffers)
+
+    def measured(self, inputs: tuple[Vectors, Vectors, np.ndarray]) -> Callable[[], jax.Array]:
+        """A call that runs the program once on the same input."""
+        buffer = self.packing.buffer()
+        self.packing.pack(buffer, *inputs)
+        return lambda: self._run(buffer, *self._weights)
+
+
+class Running:
+    """A call under way on the device.
+
+    XLA may read the buffer in place, so that is free for other requests once the answer is there.
+    """
+
+    def __init__(self, answer: jax.Array, rows: int, buffer: np.ndarray, free: list[np.ndarray]):
+        self._answer = answer
+        self._rows = rows
+        self._buffer = buffer
+        self._free = free
+
+    def ready(self) -> bool:
+        """Whether the answer is there already."""
+        ready: Any = self._answer
+        return bool(ready.is_ready())
+
+    def result(self) -> np.ndarray:
+        """Wait for predictions and their state, `[rows, E + 1]`, not to be written to. To be called once."""
+        answer = np.asarray(self._answer)
+        self._free.append(self._buffer)
+        return answer[: self._rows]
+
+
+class Programs:
+    """What a predictor compiles, and keeps.
+
+    Args:
+        model: The model, float32.
+        precision: What the user asked for.
+        sizes: The batch sizes to compile for, ascending.
+    """
+
+    def __init__(self, model: Model, precision: Precision, sizes: Sequence[int]):
+        self._model = model
+        self._config = model.config
+        self._precision: Precision = precision
+        self._sizes = tuple(sizes)
+        self._parameters = model.num_params()
+        self._forward = forward_pass(model)
+        self._remembered = Remembered(model.config, precision)
+        self._lock = threading.Lock()  # of the two dictionaries below; nobody waits for anything under it
+        self._choosing = threading.RLock()
+        self._compiled: dict[tuple[int, int, Recipe], Future[Program]] = {}
+        self._weights: dict[tuple[str, bool], Future[Flat]] = {}
+        self._exact: Recipe | None = None
+        self._ready: dict[int, Program] = {}  # what a request of a fixed shape needs, without a lock
+        self.choices: dict[int, Choice] = {}
+
+    @property
+    def recipes(self) -> set[Recipe]:
+        """The recipes of all programs that are kept."""
+        return {recipe for _, _, recipe in self._compiled}
+
+    @property
+    def shapes(self) -> set[Shape]:
+        """Batch size and turns of all programs that are kept."""
+        return {(batch, turns) for batch, turns, _ in self._compiled}
+
+    @property
+    def width(self) -> int:
+        """Dimension E of a prediction."""
+        return self._config.output_dim
+
+    def serving(self, rows: int, turns: int) -> Program:
+        """The program for a request of up to the largest batch size."""
+        return self.fixed(rows) if self._config.use_static_cache else self.as_requested((rows, turns))
+
+    def fixed(self, rows: int) -> Program:
+        """The program of the next fixed batch size; compiled now if it has not been."""
+        size = next(size for size in self._sizes if size >= rows)
+        program = self._ready.get(size)
+        if program is None:
+            recipe = self.choice(size).recipe
+            program = self._ready[size] = self.program((size, self._config.max_context_length), recipe)
+        return program
+
+    def as_requested(self, shape: Shape) -> Program:
+        """The program of exactly this shape; nothing is measured: it is what was asked for, or exact."""
+        half = self._precision == "bfloat16"
+        return self.program(shape, self.choice(self._sizes[-1]).recipe if half else self.exact())
+
+    def choice(self, size: int) -> Choice:
+        """How batches of this size are computed, chosen once."""
+        with self._choosing:
+            if size not in self.choices:
+                known = unmeasured(self._precision, self._parameters, self._exact_if_needed())
+                known = known or self._remembered.read().get(size)
+                if known is None:
+                    known = self.choose(size, self._precision)
+                    self._remembered.write({size: known})
+                self.choices[size] = known
+            return self.choices[size]
+
+    def choose(self, size: int, precision: Precision) -> Choice:
+        """Choose a recipe for batches of this size, measuring where it must."""
+        inputs = sample(self._config, size)
+        shape = (size, self._config.max_context_length)
+
+        def prepare(recipe: Recipe) -> Callable[[], jax.Array]:
+            return self.program(shape, recipe).measured(inputs)
+
+        exact = EXACT if precision == "bfloat16" else self.exact()
+        return choose(precision, self._parameters, prepare, exact)
+
+    def warm_up(self) -> None:
+        """Choose for every size, compile side by side what was chosen, and drop the rest."""
+        with self._choosing:
+            self._choose_all()
+        wanted = [(size, self._config.max_context_length, self.choices[size].recipe) for size in self._sizes]
+        self._compile_all("Compiling the predictor", wanted)
+        for size in self._sizes:
+            self.fixed(size)
+        with self._lock:
+            recipes = {choice.recipe for choice in self.choices.values()}
+            self._compiled = {key: kept for key, kept in self._compiled.items() if key in wanted}
+            used = {(recipe.dtype, recipe.outputs_first) for recipe in recipes}
+            self._weights = {key: kept for key, kept in self._weights.items() if key in used}
+
+    def weights(self, recipe: Recipe) -> Flat:
+        """The weights for a recipe, as arguments of a program."""
+        key = recipe.dtype, recipe.outputs_first
+        return _once(self._lock, self._weights, key, partial(self._lay_out, recipe)).result()
+
+    def _lay_out(self, recipe: Recipe) -> Flat:
+        compile_with = partial(compile_ahead, mode="default")
+        return flat(
+            self._forward.lay_out(recipe.dtype, outputs_first=recipe.outputs_first, compile_with=compile_with)
+        )
+
+    def exact(self) -> Recipe:
+        """How this model computes in float32 here: on CPUs with matrices as they are read fastest."""
+        with self._choosing:
+            if self._exact is None:
+                self._exact = EXACT._replace(outputs_first=self._transposed())
+            return self._exact
+
+    def _exact_if_needed(self) -> Recipe:
+        return EXACT if self._precision == "bfloat16" else self.exact()
+
+    def _transposed(self) -> bool:
+        """Whether float32 matrices are laid out `[O, I]`: remembered, or measured."""
+        config = self._config
+        if not isinstance(config, PredictorConfig) or jax.default_backend() != "cpu":
+            return False
+        if self._parameters < MEASURED_FROM:
+            return False
+        layouts = Remembered(config, "float32")
+        if known := layouts.read().get(0):
+            return known.recipe.outputs_first
+        width = config.mlp_dim or 4 * config.hidden_dim
+        tokens = config.max_context_length + 2
+        pays = transposed_pays((tokens, tokens * self._sizes[-1]), config.hidden_dim, width)
+        layouts.write({0: Choice(EXACT._replace(outputs_first=pays), "layout of float32 matrices")})
+        return pays
+
+    def _choose_all(self) -> None:
+        """Choose for all sizes: remembered, or measured, after the candidates have compiled together."""
+        exact = self._exact_if_needed()
+        if known := unmeasured(self._precision, self._parameters, exact):
+            self.choices |= dict.fromkeys(self._sizes, known)
+            return
+        remembered = self._remembered.read()
+        if all(size in remembered for size in self._sizes):
+            self.choices |= {size: remembered[size] for size in self._sizes}
+            return
+        ends = dict.fromkeys((self._sizes[0], self._sizes[-1]))
+        turns = self._config.max_context_length
+        candidates = [(size, turns, recipe) for size in ends for recipe in (exact, *half_recipes())]
+        self._compile_all("Choosing the precision", candidates)
+        self.choices |= choose_all(self._sizes, partial(self.choose, precision=self._precision))
+        self._remembered.write(self.choices)
+
+    def _compile_all(self, title: str, keys: Iterable[tuple[int, int, Recipe]]) -> None:
+        """Compile side by side; what cannot be compiled says so to whoever asks for it."""
+        missing = [key for key in keys if key not in self._compiled]
+        for recipe in dict.fromkeys(recipe for _, _, recipe in missing):
+            self.weights(recipe)
+        with progress(title, len(missing), "programs") as step:
+            jobs = [partial(self._compile, (batch, turns), recipe) for batch, turns, recipe in missing]
+            compile_all(jobs, lambda: step(1))
+
+    def program(self, shape: Shape, recipe: Recipe) -> Program:
+        """The compiled forward pass for one shape. An error is raised once; the next call tries again."""
+        future = self._compile(shape, recipe)
+        try:
+            return future.result()
+        except Exception:
+            with self._lock:
+                self._compiled.pop((*shape, recipe), None)
+            raise
+
+    def _compile(self, shape: Shape, recipe: Recipe) -> "Future[Program]":
+        """Compile, or wait for whoever compiles the same."""
+        return _once(self._lock, self._compiled, (*shape, recipe), partial(self._make, shape, recipe))
+
+    def _make(self, shape: Shape, recipe: Recipe) -> Program:
+        weights = self.weights(recipe)
+        packing = packing_for(self._config, shape, recipe)
+        forward = self._forward.program(recipe.attention, recipe.dtype)
+
+        def predict(packed: jax.Array, *arguments: jax.Array) -> jax.Array:
+            context, query, mask = packing.unpack(packed)
+            answer = forward(weights.restore(*arguments), context, query, mask)
+            return with_state(answer, sound_input(context, query, mask))
+
+        run = compile_ahead(predict, packing.shape(), *weights.arguments, mode=self._config.compile_mode)
+        return Program(packing, run, weights.arguments)
+
+
+def packing_for(config: Any, shape: Shape, recipe: Recipe) -> Packing:
+    """How requests of one shape are packed: rounded on the host where the program would round them first.
+
+    That saves half of what is copied to a device. On a CPU nothing is copied, and a model that adds its query
+    or its turns to the answer adds them in float32.
+    """
+    rounds = recipe.dtype == "bfloat16" and jax.default_backend() != "cpu" and config.kind == "prime"
+    return Packing(
+        *shape,
+        config.input_dim,
+        round_context=rounds and config.residual in ("none", "query"),
+        round_query=rounds and config.residual == "none",
+    )
+
+
+def _once(lock: threading.Lock, kept: dict[K, "Future[T]"], key: K, make: Callable[[], T]) -> "Future[T]":
+    """What `make` gives, made by the first who asks; the others wait. An error is for all who ask."""
+    mine: Future[T] = Future()
+    with lock:
+        future = kept.setdefault(key, mine)
+    if future is not mine:
+        return future
+    try:
+        mine.set_result(make())
+    except BaseException as failed:
+        mine.set_exception(failed)
+        if not isinstance(failed, Exception):
+            raise
+    return mine
