@@ -103,16 +103,10 @@ def _bare_program(predictor: Any, inputs: tuple[np.ndarray, np.ndarray], runs: i
     import jax
 
     batch, mask = len(inputs[1]), np.ones(inputs[0].shape[:2], bool)
-    programs: Any = predictor._programs
-    if isinstance(programs, dict):
-        recipe = predictor._choice(batch).recipe
-        run = predictor._program(batch, TURNS, recipe)
-        arguments = (predictor._laid_out(recipe.dtype), *jax.device_put((*inputs, mask)))
-    else:  # requests are packed
-        program = programs.fixed(batch)
-        packed = program.packing.buffer()
-        program.packing.pack(packed, *inputs, mask)
-        run, arguments = program._run, (jax.device_put(packed), *program._weights)
+    program = predictor._programs.fixed(batch)
+    packed = program.packing.buffer()
+    program.packing.pack(packed, *inputs, mask)
+    run, arguments = program._run, (jax.device_put(packed), *program._weights)
     jax.block_until_ready(run(*arguments))
     started = time.perf_counter()
     for _ in range(runs):

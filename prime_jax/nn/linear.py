@@ -88,7 +88,8 @@ def _einsum(equation: str, left: Array, right: Array, result_dtype: DTypeLike) -
     if left.dtype == jnp.float32 or not batched:
         return multiply(left, right)
     # XLA:CPU has no bfloat16 kernel for some products with batch axes; the same numbers, as float32.
-    return jax.lax.platform_dependent(left, right, cpu=in_float32, default=multiply)
+    product: Array = jax.lax.platform_dependent(left, right, cpu=in_float32, default=multiply)
+    return product
 
 
 def multiply(
