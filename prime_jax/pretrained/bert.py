@@ -112,6 +112,8 @@ class BertTextEncoder:
         self._weights = jax.device_put(weights, NamedSharding(self._mesh, P()))
         self._embed = _embedder(self.graph, self.pooling)
         rounding = "tf32" if tf32 else jnp.dtype(dtype).name
+        if rounding == "bfloat16":  # an earlier version stored results in float32
+            rounding = "bfloat16 factors and results"
         settings = (self.pooling, self.max_length, self._lower_case, rounding)
         digest = hashlib.sha256(f"{config.told()} {settings}".encode())
         for file in (source.transformer / "tokenizer.json", *weight_files(source.transformer)):
