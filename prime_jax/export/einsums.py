@@ -30,7 +30,9 @@ def _replace(node: Any) -> None:
     equation = node.attributes["equation"].as_string().replace(" ", "")
     inputs = list(node.inputs)
     terms = equation.partition("->")[0].split(",")
-    if len(terms) == 2 and terms[1].startswith("..."):
+    if len(terms) != 2:
+        raise _refused(equation)
+    if terms[1].startswith("..."):
         inputs[1], bare = _not_repeated(inputs[1], terms[1][3:])
         equation = f"{terms[0]},{bare}->{equation.partition('->')[2]}"
     left, right, out = _written_out(equation, [value.shape for value in inputs])
@@ -38,9 +40,7 @@ def _replace(node: Any) -> None:
     letters = [*left, *right, *out]
     plain = len(summed) == 1 and all(len(set(term)) == len(term) for term in (left, right, out))
     if not plain or any(letters.count(letter) == 1 for letter in letters) or not "".join(letters).isalpha():
-        raise ExportError(
-            f"the model cannot be exported: no matrix product does what Einsum {equation!r} does"
-        )
+        raise _refused(equation)
     only_left = [letter for letter in out if letter not in right]
     only_right = [letter for letter in out if letter not in left]
     rows, columns = "".join(only_left[-1:]), "".join(only_right[-1:])
@@ -64,6 +64,10 @@ def _replace(node: Any) -> None:
     last = made.nodes[-1]
     last.outputs[0].name = node.outputs[0].name
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], made.nodes, node.outputs, last.outputs)
+
+
+def _refused(equation: str) -> ExportError:
+    return ExportError(f"the model cannot be exported: no matrix product does what Einsum {equation!r} does")
 
 
 def _not_repeated(value: Any, letters: str) -> tuple[Any, str]:
