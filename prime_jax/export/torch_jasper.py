@@ -284,7 +284,7 @@ def load_bundle(folder: str | Path) -> JasperPredictor:
 def _with_weights(config: JasperConfig, tensors: Mapping[str, Tensor], path: str | Path) -> JasperPredictor:
     """The model with these weights, in eval mode; a weight that does not fit is named."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        kind = DecomposedJasperPredictor if isinstance(config, SubspaceConfig) else JasperPredictor
+        kind: Any = DecomposedJasperPredictor if isinstance(config, SubspaceConfig) else JasperPredictor
         model: JasperPredictor = kind(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
