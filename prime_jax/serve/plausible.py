@@ -7,8 +7,9 @@ zeros or NaN for them, or a unit vector that means nothing.
 import numpy as np
 
 from prime_jax.errors import PredictorError
+from prime_jax.predict.inputs import LEAST_NORM
 
-LARGEST, SMALLEST = 1e6, 1e-6
+LARGEST, SMALLEST = 1e6, LEAST_NORM  # tighter than `predict` is: what comes as bytes was more often misread
 UNIT = 1e-3  # by which the norm of a prediction may be off
 _HINT = "base64 must be of little-endian float32"
 
