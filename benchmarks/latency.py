@@ -30,7 +30,7 @@ from benchmarks.common import facts
 from benchmarks.contenders import CONTENDERS, ON_CPU, ON_GPU, OURS, TINY, TURNS, serve
 from benchmarks.floor import SIZE, floor, operations, rates
 from benchmarks.side_by_side import Contender, ContenderError, Entry, start
-from prime_jax.export.optional import need
+from prime_jax.export.quantize import quantize
 from prime_jax.export.to_onnx import to_onnx
 from prime_jax.files import write_json
 from prime_jax.models.prime import PredictorConfig
@@ -54,8 +54,7 @@ def write_model(folder: Path, config: PredictorConfig, *, onnx: bool) -> None:
     if not onnx:
         return
     to_onnx(model, folder / "model.onnx")
-    quantization = need("onnxruntime.quantization", "onnx")
-    quantization.quantize_dynamic(folder / "model.onnx", folder / "model.int8.onnx", per_channel=True)
+    quantize(folder / "model.onnx", folder / "model.int8.onnx", "int8")
 
 
 class Study:
