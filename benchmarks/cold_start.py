@@ -89,7 +89,8 @@ def child(*arguments: str, cache: Path) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
         return {"not_measured": f"did not end within {SECONDS} s"}
     if done.returncode:
-        return {"not_measured": done.stderr.strip().splitlines()[-1][:300]}
+        lines = done.stderr.strip().splitlines() or [f"ended with code {done.returncode}"]
+        return {"not_measured": lines[-1][:300]}
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     return found
 

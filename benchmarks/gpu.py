@@ -25,8 +25,8 @@ picks some. Compiled programs are shared by all parts but cold_start, in a folde
 A machine made for PyTorch and JAX usually has jax with its CUDA plugin, jaxlib, flax, optax,
 orbax-checkpoint, torch, transformers, sentence-transformers, safetensors, numpy, scipy, rich and pytest. What
 it usually lacks, to be carried there as wheels and put on PYTHONPATH: pydantic, pydantic-core,
-pydantic-settings, annotated-types, typing-inspection and python-dotenv, grain with array-record, jaxtyping
-and beartype (tests), and ir-measures (tests only). Neither onnx, onnxruntime nor jax2onnx is needed. What is
+pydantic-settings, annotated-types, typing-inspection and python-dotenv, jaxtyping, grain with array-record,
+and for the tests alone beartype and ir-measures. Neither onnx, onnxruntime nor jax2onnx is needed. What is
 missing is named at the start.
 """
 
@@ -52,6 +52,8 @@ from prime_jax.files import read_json, write_json
 ROOT = Path(__file__).parents[1]
 NEEDED = {
     "jax": "all",
+    "jaxtyping": "all",
+    "rich": "all",
     "flax": "all",
     "optax": "all",
     "orbax": "all",
@@ -99,6 +101,7 @@ def environment(programs: Path, scratch: Path, tiny: bool) -> dict[str, str]:
         "TRITON_CACHE_DIR": str(programs / "triton"),
         "TMPDIR": str(scratch),
         "PYTHONUNBUFFERED": "1",
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # contenders share the device
     }
     return {**os.environ, **shared, **(SMALL_ON_CPU if tiny else {})}
 
@@ -183,6 +186,9 @@ def measure(given: argparse.Namespace) -> int:
         programs.mkdir(mode=0o700, parents=True, exist_ok=True)
         scratch.mkdir()
         env = environment(programs.resolve(), scratch, given.tiny)
+        missing = [name for name in NEEDED if find_spec(name) is None]
+        for name in missing:
+            print(f"not installed: {name} (needed for: {NEEDED[name]})")
         told = machine(env)
         if told["backend"] != device:
             raise UsageError(
@@ -194,12 +200,10 @@ def measure(given: argparse.Namespace) -> int:
             "tiny": given.tiny,
             "minutes": minutes,
             "began": datetime.now(UTC).isoformat(timespec="seconds"),
-            "missing_packages": [name for name in NEEDED if find_spec(name) is None],
+            "missing_packages": missing,
             "parts": {part.name: known[part.name] for part in PARTS if part.name in known},
         }
         print(f"{told['machine']['device']}, driver {told['machine'].get('driver')}, {told['versions']}")
-        for name in summary["missing_packages"]:
-            print(f"not installed: {name} (needed for: {NEEDED[name]})")
         chosen = [part for part in PARTS if not given.only or part.name in given.only]
         done = {name for name, part in known.items() if part["status"] == "done" and not given.again}
         to_do = [part for part in chosen if part.name not in done]

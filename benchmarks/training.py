@@ -103,9 +103,12 @@ def one_by_one(
     results: dict[str, Any] = {name: {"unavailable": why} for name, why in failed.items()}
     write(results)
     for name, contender in ready.items():
-        left = None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
-        first = _ask(contender, (WARM, 1), left)
-        answer = first if "unavailable" in first else _ask(contender, (rounds, in_a_row), left)
+
+        def left() -> float | None:
+            return None if seconds is None else max(1.0, seconds - (time.monotonic() - began))
+
+        first = _ask(contender, (WARM, 1), left())
+        answer = first if "unavailable" in first else _ask(contender, (rounds, in_a_row), left())
         if "unavailable" in answer:
             results[name] = answer
         else:

@@ -24,6 +24,8 @@ def einsum_accumulate_f32(
     `dtype` and not at that of float32. With `dtype` float32 nothing is rounded, on GPUs neither, where the
     default would round to TF32.
 
+    Inside `jax.shard_map` the gradient needs `check_vma=False`; under jit with shardings it needs nothing.
+
     Args:
         equation: Such as "mi,io->mo". Below float32 without an ellipsis and without a letter that one factor
             alone has, so that a factor's gradient is the einsum of the other with the result's gradient.

@@ -97,6 +97,7 @@ def _best_of_tile(
         for part in query
     ]
     scores = sum(products[1:], start=products[0])
+    scores = jnp.where(scores == 0, 0.0, scores)  # -0.0 and 0.0 are equal, but a sort puts one first
     allowed = (jnp.arange(tile.shape[0]) < stop - start)[None, :]
     if query_scope is not None and tile_scope is not None:
         allowed = allowed & (query_scope[:, None] == tile_scope[None, :])

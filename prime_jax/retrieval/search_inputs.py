@@ -115,6 +115,16 @@ def excluded_tables(excluded: list[np.ndarray] | None, starts: range, rows: int)
     return parts
 
 
+def check_chunk(name: str, rows: int | None) -> None:
+    """Refuse a chunk without rows.
+
+    Raises:
+        DataError: If it has fewer than one; None means that the search chooses.
+    """
+    if rows is not None and rows < 1:
+        raise DataError(f"search: {name} is {rows}, it must be 1 or more")
+
+
 class Scopes:
     """Scopes of a corpus, integers or strings, as int32 codes.
 
@@ -142,8 +152,13 @@ class Scopes:
                 f"search: scopes must be integers or strings, both of one kind; "
                 f"they are {scope.dtype} and {self._values.dtype}"
             )
+        known = np.ones(queries, bool)
+        if scope.dtype.kind != self._values.dtype.kind:  # numpy would compare int64 and uint64 as float64
+            limits = np.iinfo(self._values.dtype)
+            known = np.array([limits.min <= int(one) <= limits.max for one in scope], bool)
+            scope = np.where(known, scope, 0).astype(self._values.dtype)
         place = np.minimum(np.searchsorted(self._values, scope), len(self._values) - 1)
-        return np.where(self._values[place] == scope, place, EMPTY).astype(np.int32)
+        return np.where(known & (self._values[place] == scope), place, EMPTY).astype(np.int32)
 
 
 def _scope_array(name: str, scope: np.ndarray, rows: int) -> np.ndarray:

@@ -27,6 +27,7 @@ from prime_jax.retrieval.search_inputs import (
     EMPTY,
     Rows,
     Scopes,
+    check_chunk,
     check_corpus,
     check_queries,
     excluded_rows,
@@ -97,6 +98,7 @@ class ExactIndex:
     ):
         corpus = corpus if hasattr(corpus, "dtype") else np.asarray(corpus)
         check_corpus(corpus)
+        check_chunk("corpus_chunk", corpus_chunk)
         self._corpus: Rows = getattr(corpus, "kept", corpus)  # what is read from float32 of float16 on disk
         self._scopes = None if corpus_scope is None else Scopes(corpus_scope, len(corpus))
         self._mesh, self._whole, self._shared = _placing(devices)
@@ -130,6 +132,7 @@ class ExactIndex:
         Raises:
             DataError: As `search`.
         """
+        check_chunk("query_chunk", query_chunk)
         queries = np.asarray(queries)
         largest = check_queries(queries, self._corpus, k)
         Q, M = len(queries), len(self._corpus)

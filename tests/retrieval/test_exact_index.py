@@ -196,3 +196,24 @@ def test_on_a_gpu(dtype: type) -> None:
     broken[66_000, 7] = np.nan
     with pytest.raises(DataError, match="corpus row 66000 contains NaN or Inf"):
         ExactIndex(broken).search(queries, 10)
+
+
+def test_signed_zeros_are_equal_and_go_to_the_lower_row() -> None:
+    scores, found = search(np.zeros((1, 1), np.float32), np.array([[-1.0], [1.0], [-2.0]], np.float32), 3)
+    np.testing.assert_array_equal(found, [[0, 1, 2]])
+    assert not np.signbit(scores).any()
+
+
+def test_signed_and_unsigned_scopes_are_compared_as_integers() -> None:
+    """As float64, which numpy compares int64 and uint64 in, these two are one."""
+    corpus_scope = np.array([2**60, 2**60 + 1], np.uint64)
+    corpus, queries = np.ones((2, 3), np.float32), np.ones((3, 3), np.float32)
+    query_scope = np.array([2**60 + 1, -1, 2**60], np.int64)
+    _, found = search(queries, corpus, 1, query_scope=query_scope, corpus_scope=corpus_scope)
+    np.testing.assert_array_equal(found, [[1], [-1], [0]])
+
+
+@pytest.mark.parametrize("name", ["query_chunk", "corpus_chunk"])
+def test_a_chunk_without_rows_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match=f"{name} is -1, it must be 1 or more"):
+        search(np.ones((2, 3), np.float32), np.ones((4, 3), np.float32), 1, **{name: -1})
