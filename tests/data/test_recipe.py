@@ -180,8 +180,6 @@ def test_the_folder_is_held_before_it_is_looked_at_and_free_after_a_refusal(
     assert not (tmp_path / "c" / OWNER).exists()
     (tmp_path / "c").mkdir(exist_ok=True)
     (tmp_path / "c" / recipe.STATE).write_text("{")
-    try:
+    with pytest.raises(DataError, match="not valid JSON") as refused:
         RecipeWriter(tmp_path / "c", {})
-    except DataError as refused:  # which keeps the writer alive
-        assert "not valid JSON" in str(refused)
-        assert not (tmp_path / "c" / OWNER).exists()
+    assert not (tmp_path / "c" / OWNER).exists(), refused  # whose traceback keeps the writer alive
