@@ -153,6 +153,7 @@ def test_of_two_that_take_over_at_the_same_moment_one_does(
 ) -> None:
     """Both saw the same dead owner, and neither the other one."""
     without_flock(monkeypatch)
+    monkeypatch.setattr(locks, "SETTLE", 1.0)
     write(tmp_path, ELSEWHERE, age=3600)
     both, real = threading.Barrier(2), Ownership._write
     outcomes: list[str] = []
@@ -187,12 +188,12 @@ def test_a_file_that_somebody_has_just_made_is_theirs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where flock is seen within one machine only, the file of another one is empty for a moment."""
+    monkeypatch.setattr(locks, "SETTLE", 9.0)
     (tmp_path / OWNER).touch()
-    maker = threading.Timer(0.05, lambda: write(tmp_path, ELSEWHERE))
-    maker.start()
-    with pytest.raises(ConfigError, match="process 4711 on elsewhere"), owned(tmp_path, "a run"):
-        pass
-    maker.join()
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.time, "sleep", lambda seconds: write(tmp_path, ELSEWHERE))
+        with pytest.raises(ConfigError, match="process 4711 on elsewhere"), owned(tmp_path, "a run"):
+            pass
     without_flock(monkeypatch)
     (tmp_path / OWNER).unlink()
     sleeps: list[float] = []
@@ -202,6 +203,7 @@ def test_a_file_that_somebody_has_just_made_is_theirs(
 
 
 def test_a_file_of_nobody_that_goes_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "SETTLE", 9.0)
     (tmp_path / OWNER).touch()
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: (tmp_path / OWNER).unlink())
     with owned(tmp_path, "a run") as mine:
