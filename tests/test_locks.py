@@ -181,6 +181,7 @@ def test_of_two_that_take_over_at_the_same_moment_one_does(
     refused, holds = sorted(outcomes, key=len, reverse=True)
     assert holds == "holds"
     assert f"process {os.getpid()} on {Owner.here().host}" in refused
+    assert "is writing a run here" in refused  # before it began
     assert not (tmp_path / OWNER).exists()
 
 
