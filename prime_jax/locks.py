@@ -8,6 +8,10 @@ process that was killed leaves nothing behind. But some file systems show it wit
 some have none. Therefore the owner also writes who it is, and touches the file every BEAT seconds. What
 another machine wrote, or what no flock protects, is watched: touched again, its owner lives and we refuse;
 not touched for SILENT seconds, its owner is gone and we take over.
+
+Two programs may come to that at the same moment. The one that makes the file (O_EXCL) has it, and a file that
+names nobody yet is left to its maker for SETTLE seconds. Who takes over writes its name, waits SETTLE seconds
+and reads again: of two, the one that wrote last is named there, and the other one refuses.
 """
 
 import errno
@@ -29,6 +33,8 @@ from prime_jax.progress import console
 OWNER, LOCK = ".owner.lock", ".lock"
 BEAT = 5.0  # seconds between two signs of life
 SILENT = 60.0  # seconds without one, after which an owner counts as gone
+SETTLE = 3.0  # seconds in which of several that take over at once all have written; NFS shows it within them
+PATIENCE = 10.0  # seconds for which a lock file that cannot be read is tried again
 _UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
@@ -116,63 +122,120 @@ class Ownership:
     def check(self) -> None:
         """Refuse to go on where somebody took the folder over, for instance while this machine slept.
 
+        A network file system may be away for a moment: what cannot be read is tried again for PATIENCE.
+
         Raises:
-            ConfigError: If so; the message says who.
+            ConfigError: If so, and the message says who; or if the lock file cannot be read.
         """
-        if not self._still_mine():
+        end = time.monotonic() + PATIENCE
+        while True:
+            try:
+                mine = self._still_mine()
+                break
+            except OSError as failed:
+                if time.monotonic() >= end:
+                    raise ConfigError(
+                        f"{self._folder}: {self._path} cannot be read ({failed}), so somebody may have taken "
+                        f"over {self._work} here; nothing more is written"
+                    ) from failed
+                time.sleep(BEAT / 5)
+        if not mine:
             raise ConfigError(
-                f"{self._folder}: {_read(self._path) or 'somebody'} took over {self._work} here while this "
+                f"{self._folder}: {_named(self._path) or 'somebody'} took over {self._work} here while this "
                 f"process gave no sign of life, or removed {self._path}; nothing more is written"
             )
 
     def _take(self) -> None:
+        """Open the file, be sure that it is ours, write our name and begin to show that we live."""
         while True:
-            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+            made = self._open()
             try:
-                if self._is_free():
+                decided = self._decided(made)
+                if decided is not None:
+                    self._write()
+                    if not decided:
+                        self._settle()
                     break
             except BaseException:
                 os.close(self._descriptor)
                 raise
             os.close(self._descriptor)
+        self._beating.start()
+
+    def _open(self) -> bool:
+        """Open the file; whether we made it."""
+        while True:
+            with suppress(FileExistsError):
+                self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o644)
+                return True
+            with suppress(FileNotFoundError):  # removed in between
+                self._descriptor = os.open(self._path, os.O_RDWR)
+                return False
+
+    def _decided(self, made: bool) -> bool | None:
+        """Whether nobody else can believe that the opened file is theirs; None where it must be opened anew.
+
+        False where it is ours to write, but somebody else may come to the same.
+        """
+        try:
+            protected = _flock(self._descriptor, wait=False)
+        except BlockingIOError:
+            raise self._refused(_named(self._path)) from None
+        if not self._is_same_file():  # its owner ended and removed it while we opened it
+            return None
+        owner = _read(self._path)
+        if made and owner is None:
+            return True
+        if owner is not None and protected and owner.same_machine(self._me):
+            return True
+        try:
+            return False if self._watch(owner) else None
+        except FileNotFoundError:  # as above
+            return None
+
+    def _write(self) -> None:
         os.ftruncate(self._descriptor, 0)
         os.lseek(self._descriptor, 0, os.SEEK_SET)
         os.write(self._descriptor, json.dumps(self._me._asdict()).encode() + b"\n")
         os.fsync(self._descriptor)
-        self._beating.start()
 
-    def _is_free(self) -> bool:
-        """Whether the opened file is ours to write; False where it must be opened anew."""
-        try:
-            protected = _flock(self._descriptor, wait=False)
-        except BlockingIOError:
-            raise self._refused(_read(self._path)) from None
-        if not self._is_same_file():  # its owner ended and removed it while we opened it
-            return False
-        owner = _read(self._path)
-        if owner is not None and not (protected and owner.same_machine(self._me)):
-            self._watch(owner)
-        return True
+    def _settle(self) -> None:
+        """Refuse where somebody else wrote their name after us."""
+        time.sleep(SETTLE)
+        if not self._still_mine():
+            raise self._refused(_named(self._path))
 
-    def _watch(self, owner: Owner) -> None:
-        """Return once an owner whom flock does not vouch for counts as gone; refuse where it lives.
+    def _watch(self, owner: Owner | None) -> bool:
+        """Wait until an owner whom flock does not vouch for counts as gone; refuse where it lives.
 
         Its last sign of life is compared with the file system's own clock, as machines' clocks differ.
+
+        Args:
+            owner: Whom the file names; None where that is nobody yet.
+
+        Returns:
+            False where the file of nobody was removed meanwhile.
         """
-        seen = self._path.stat().st_mtime
+        seen, patience = self._path.stat().st_mtime, SETTLE if owner is None else SILENT
         with tempfile.TemporaryFile(dir=self._path.parent) as new:
-            left = SILENT - max(0.0, os.fstat(new.fileno()).st_mtime - seen)
+            left = patience - max(0.0, os.fstat(new.fileno()).st_mtime - seen)
         end = time.monotonic() + left
-        if left > 0:
+        if left > 0 and owner is not None:
             console.print(
                 f"{self._folder}: waiting for a sign of life of {owner}, at most {left:.0f} s",
                 soft_wrap=True,
                 markup=False,
             )
         while time.monotonic() < end:
-            time.sleep(BEAT / 5)
-            if not self._is_same_file() or self._path.stat().st_mtime != seen:
-                raise self._refused(_read(self._path) or owner)
+            time.sleep(min(BEAT / 5, max(0.0, end - time.monotonic())))
+            there = self._is_same_file()
+            if owner is None and not there:
+                return False
+            if not there or self._path.stat().st_mtime != seen:
+                raise self._refused(_named(self._path) or owner)
+        if _read(self._path) != owner:  # opened anew: more recent than what `stat` may remember
+            raise self._refused(_named(self._path) or owner)
+        return True
 
     def _refused(self, owner: Owner | None) -> ConfigError:
         return ConfigError(
@@ -181,7 +244,12 @@ class Ownership:
         )
 
     def _still_mine(self) -> bool:
-        return self._is_same_file() and _read(self._path) == self._me
+        """Whether the file names us.
+
+        Raises:
+            OSError: If it cannot be read.
+        """
+        return _read(self._path) == self._me and self._is_same_file()
 
     def _is_same_file(self) -> bool:
         try:
@@ -206,13 +274,24 @@ class Ownership:
 
 
 def _read(path: Path) -> Owner | None:
-    """Who a lock file names; None where it names nobody."""
+    """Who a lock file names; None where it names nobody, or is gone.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
     try:
         owner = Owner(**json.loads(path.read_bytes()))
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, ValueError, TypeError):
         return None
     texts = all(isinstance(part, str) for part in (owner.host, owner.boot, owner.since))
     return owner if texts and isinstance(owner.pid, int) else None
+
+
+def _named(path: Path) -> Owner | None:
+    """As `_read`, for messages: None also where the file cannot be read."""
+    with suppress(OSError):
+        return _read(path)
+    return None
 
 
 def _flock(descriptor: int, *, wait: bool) -> bool:

@@ -16,7 +16,7 @@ import pytest
 
 from prime_jax import locks
 from prime_jax.errors import ConfigError
-from prime_jax.locks import OWNER, Owner, locked, owned
+from prime_jax.locks import OWNER, Owner, Ownership, locked, owned
 
 HOLD = """
 import sys, time
@@ -33,6 +33,8 @@ ELSEWHERE = Owner("elsewhere", "another-boot", 4711, "2026-01-02T03:04:05+00:00"
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "BEAT", 0.02)
     monkeypatch.setattr(locks, "SILENT", 0.5)
+    monkeypatch.setattr(locks, "SETTLE", 0.1)
+    monkeypatch.setattr(locks, "PATIENCE", 0.3)
 
 
 def write(folder: Path, owner: Owner, *, age: float = 0.0) -> Path:
@@ -139,6 +141,99 @@ def test_without_flock_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.
         pass
     write(tmp_path, Owner.here(), age=0.3)
     with owned(tmp_path, "a run"):
+        pass
+
+
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "_flock", lambda descriptor, wait: False)
+
+
+def test_of_two_that_take_over_at_the_same_moment_one_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw the same dead owner, and neither the other one."""
+    without_flock(monkeypatch)
+    monkeypatch.setattr(locks, "SETTLE", 1.0)
+    write(tmp_path, ELSEWHERE, age=3600)
+    both, real = threading.Barrier(2), Ownership._write
+    outcomes: list[str] = []
+
+    def together(holding: Ownership) -> None:
+        both.wait(5)
+        real(holding)
+
+    def start() -> None:
+        try:
+            with owned(tmp_path, "a run") as mine:
+                both.wait(5)
+                mine.check()
+                outcomes.append("holds")
+        except ConfigError as refused:
+            outcomes.append(str(refused))
+            both.wait(5)
+
+    monkeypatch.setattr(Ownership, "_write", together)
+    starters = [threading.Thread(target=start) for _ in range(2)]
+    for starter in starters:
+        starter.start()
+    for starter in starters:
+        starter.join()
+    refused, holds = sorted(outcomes, key=len, reverse=True)
+    assert holds == "holds"
+    assert f"process {os.getpid()} on {Owner.here().host}" in refused
+    assert "is writing a run here" in refused  # before it began
+    assert not (tmp_path / OWNER).exists()
+
+
+def test_a_file_that_somebody_has_just_made_is_theirs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where flock is seen within one machine only, the file of another one is empty for a moment."""
+    monkeypatch.setattr(locks, "SETTLE", 9.0)
+    (tmp_path / OWNER).touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(locks.time, "sleep", lambda seconds: write(tmp_path, ELSEWHERE))
+        with pytest.raises(ConfigError, match="process 4711 on elsewhere"), owned(tmp_path, "a run"):
+            pass
+    without_flock(monkeypatch)
+    (tmp_path / OWNER).unlink()
+    sleeps: list[float] = []
+    monkeypatch.setattr(locks.time, "sleep", sleeps.append)
+    with owned(tmp_path, "a run"):  # and who makes it waits for nothing
+        assert sleeps == []
+
+
+def test_a_file_of_nobody_that_goes_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "SETTLE", 9.0)
+    (tmp_path / OWNER).touch()
+    monkeypatch.setattr(locks.time, "sleep", lambda seconds: (tmp_path / OWNER).unlink())
+    with owned(tmp_path, "a run") as mine:
+        mine.check()
+
+
+def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.read_bytes
+    failures: list[int] = []
+
+    def away(path: Path) -> bytes:
+        if failures and threading.current_thread() is threading.main_thread():
+            raise OSError(failures.pop(), "away")
+        return real(path)
+
+    monkeypatch.setattr(Path, "read_bytes", away)
+    with owned(tmp_path, "a run") as mine:
+        failures += [errno.ESTALE, errno.EIO]
+        mine.check()
+        assert failures == []
+        failures += [errno.EIO] * 10_000
+        with pytest.raises(ConfigError, match=r"\.owner\.lock cannot be read \(.*away\)"):
+            mine.check()
+        failures.clear()
+    (tmp_path / OWNER).touch()
+    failures += [errno.EIO]
+    with pytest.raises(OSError, match="away"), owned(tmp_path, "a run"):  # it may name somebody
         pass
 
 

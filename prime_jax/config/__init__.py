@@ -1,7 +1,7 @@
 """The configuration of a run: what can be set, and how it is read."""
 
 from prime_jax.config.hybrid import HybridSection, control_rows
-from prime_jax.config.reading import load_stored_config, nearest, read_config, to_yaml
+from prime_jax.config.reading import load_stored_config, nearest, read_config, to_yaml, user_names
 from prime_jax.config.sections import (
     Config,
     DataConfig,
@@ -24,4 +24,5 @@ __all__ = [
     "nearest",
     "read_config",
     "to_yaml",
+    "user_names",
 ]

@@ -115,6 +115,16 @@ def load_stored_config(file: Path) -> Config:
     return _check(given, str(file))
 
 
+def user_names(section: str, name: str, options: Sequence[str]) -> bool:
+    """Whether the command line or the environment names a setting, whatever a file says of it."""
+    words = {_dashed(word).partition("=")[0] for word in options}
+    variables = {variable.upper() for variable in os.environ}
+    return (
+        f"--{section}.{name}".replace("_", "-") in words
+        or f"{ENV_PREFIX}{section}__{name}".upper() in variables
+    )
+
+
 def to_yaml(config: BaseModel) -> str:
     """The configuration as YAML, every field with its description beside it."""
     lines = []

@@ -52,16 +52,17 @@ class RecipeWriter:
         self.left_out: dict[str, int] = {}
         self._finished: list[str] = []
         self._stage, self._done = "", 0
-        for name in ("corpus", *SPLITS):
-            if (out / f"{name}.jsonl").exists():
-                raise DataError(f"{out / name}.jsonl: is there already; remove it or write elsewhere")
-        self._held = ExitStack()
-        self._held.enter_context(owned(out, "a data folder"))
-        if (out / STATE).exists():
-            self._go_on(files.read_json(out / STATE, DataError))
-        else:
-            for name in ("corpus", *SPLITS):  # of a run that was stopped before it noted anything
-                self._part(name).unlink(missing_ok=True)
+        with ExitStack() as held:
+            held.enter_context(owned(out, "a data folder"))
+            for name in ("corpus", *SPLITS):
+                if (out / f"{name}.jsonl").exists():
+                    raise DataError(f"{out / name}.jsonl: is there already; remove it or write elsewhere")
+            if (out / STATE).exists():
+                self._go_on(files.read_json(out / STATE, DataError))
+            else:
+                for name in ("corpus", *SPLITS):  # of a run that was stopped before it noted anything
+                    self._part(name).unlink(missing_ok=True)
+            self._held = held.pop_all()  # until `finish`
 
     def each(self, stage: str, records: Iterable[Record]) -> Iterator[Record]:
         """The records of a stage that no earlier run has written; notes how far it is as it goes."""
@@ -108,6 +109,10 @@ class RecipeWriter:
         Raises:
             DataError: If train or dev would be empty.
         """
+        with self._held:  # free again, also where this is refused
+            self._finish(source, licence)
+
+    def _finish(self, source: str, licence: str) -> None:
         for name in ("corpus", "train", "dev"):
             if not self.counts.get(name):
                 raise DataError(f"{self._out}: '{name}' would be empty; is the input complete?")
@@ -122,7 +127,6 @@ class RecipeWriter:
         text = f"{source}\n\nLicence of the data: {licence}\n\nMade of\n\n{given}\nHolds\n\n{counts}{left}"
         files.write_text(self._out / "SOURCE.md", text)
         (self._out / STATE).unlink(missing_ok=True)
-        self._held.close()
 
     def summary(self) -> str:
         """A line for every count."""

@@ -120,11 +120,11 @@ def write_dataset(folder: Path, dataset: Dataset) -> None:
         DataError: If the folder holds a split that the dataset does not have: it would no longer fit.
         ConfigError: If another process is writing there.
     """
-    for name in SPLITS:
-        if name not in dataset.splits and (folder / f"{name}.jsonl").exists():
-            raise DataError(f"{folder / name}.jsonl: belongs to other data; remove it or write elsewhere")
     with ExitStack() as stack:
         stack.enter_context(owned(folder, "a data folder"))
+        for name in SPLITS:
+            if name not in dataset.splits and (folder / f"{name}.jsonl").exists():
+                raise DataError(f"{folder / name}.jsonl: belongs to other data; remove it or write elsewhere")
         for name, rows in [("corpus", dataset.corpus), *dataset.splits.items()]:
             temporary = stack.enter_context(files.atomic_path(folder / f"{name}.jsonl"))
             with temporary.open("w", encoding="utf-8", newline="\n") as stream:

@@ -23,6 +23,7 @@ from prime_jax.progress import progress
 NOTE = "verified.json"
 _SETTLED = 2.0  # seconds after which a file system's clock tells a later change from this one
 _ROWS = 4096
+_TRIES = 3
 
 
 class Shard(NamedTuple):
@@ -52,17 +53,42 @@ def check_shards(folder: Path, shards: Sequence[Shard], *, again: bool = True) -
     Raises:
         DataError: If one differs or holds NaN or Inf; the message names file and row.
     """
+    began = time.time()
     noted = {} if again else _read_note(folder / NOTE)
-    due = [shard for shard in shards if noted.get(shard.path.name) != _facts(shard)]
+    found = {shard.path.name: _facts(shard) for shard in shards}
+    due = [shard for shard in shards if noted.get(shard.path.name) != found[shard.path.name]]
     if not due:
         return
     workers = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # hashing leaves Python free
     with progress("checking embeddings", len(due), "shards") as advance, workers as pool:
-        list(pool.map(lambda shard: _check(shard, advance), due))
-    _write_note(folder / NOTE, shards, noted)
+        checked = pool.map(lambda shard: _check(shard, found[shard.path.name], advance), due)
+        found.update((shard.path.name, facts) for shard, facts in zip(due, checked, strict=True))
+    _write_note(folder / NOTE, found, noted, began)
 
 
-def _check(shard: Shard, advance: Callable[..., None]) -> None:
+def _check(shard: Shard, facts: dict[str, Any], advance: Callable[..., None]) -> dict[str, Any]:
+    """The facts of a shard as it was when it was read from its first to its last byte.
+
+    Args:
+        shard: The shard.
+        facts: What they were before.
+        advance: Called when it is done.
+
+    Raises:
+        DataError: If it is not as the index says, or changes all the time.
+    """
+    for _ in range(_TRIES):
+        _check_content(shard)
+        before, facts = facts, _facts(shard)
+        if facts == before:
+            advance(1)
+            return facts
+    raise DataError(
+        f"{shard.path}: changes while it is checked; end the program that writes there, and start again"
+    )
+
+
+def _check_content(shard: Shard) -> None:
     if files.sha256(shard.path) != shard.sha256:
         raise DataError(
             f"{shard.path}: damaged or changed, its SHA-256 differs from index.json; bring the file back, or "
@@ -76,7 +102,6 @@ def _check(shard: Shard, advance: Callable[..., None]) -> None:
                 f"{shard.path}: row {row} (row {shard.start + row} of the store) holds NaN or Inf; delete "
                 f"{shard.path.parent} and encode again"
             )
-    advance(1)
 
 
 def _facts(shard: Shard) -> dict[str, Any]:
@@ -99,14 +124,16 @@ def _read_note(path: Path) -> dict[str, Any]:
     return noted if isinstance(noted, dict) else {}
 
 
-def _write_note(path: Path, shards: Sequence[Shard], before: dict[str, Any]) -> None:
-    """Note all shards but those written just now: a change in the same moment would have the same times."""
-    now, noted = time.time(), {}
-    for shard in shards:
-        facts = _facts(shard)
-        settled = now - max(facts["mtime_ns"], facts["ctime_ns"]) / 1e9 > _SETTLED
-        if settled or before.get(shard.path.name) == facts:
-            noted[shard.path.name] = facts
+def _write_note(path: Path, found: dict[str, Any], before: dict[str, Any], began: float) -> None:
+    """Note all shards but those written just before the check `began`.
+
+    A change in the same moment as the one before it would have left the same times.
+    """
+    noted = {}
+    for name, facts in found.items():
+        settled = began - max(facts["mtime_ns"], facts["ctime_ns"]) / 1e9 > _SETTLED
+        if settled or before.get(name) == facts:
+            noted[name] = facts
     if noted != before:
         with suppress(OSError):  # a folder that is only read: checked again the next time
             files.write_json(path, {"shards": noted})

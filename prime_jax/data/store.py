@@ -282,6 +282,11 @@ class EmbeddingStore:
         self._index = index
 
 
+def holds_store(root: Path, *identities: Any) -> bool:
+    """Whether the store of one of these encoders is in a folder already, so that `open` makes none there."""
+    return any(isinstance(one, str) and (_home(root, one) / INDEX).is_file() for one in identities)
+
+
 class StoredRows:
     """Rows of a store as an array `[M, D]` that is read from disk part by part, float32 unless `kept`.
 

@@ -17,6 +17,7 @@ from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import Encoder, encode_texts, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
+from prime_jax.data.store import holds_store
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.ablation import ablated
 from prime_jax.evaluate.arrays import Corpus, Split
@@ -160,8 +161,10 @@ def open_data(
     passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
     folder = store
-    if folder is None and source.store and Path(source.store).is_dir():
-        folder = Path(source.store)  # what a run's configuration names is used, never made
+    # What only a run's configuration names is used where it is such a store, never made.
+    if folder is None and source.store:
+        there = holds_store(Path(source.store), encoder.identity, info.get("encoder_start"))
+        folder = Path(source.store) if there else None
     dataset, embeddings = prepare(data, splits, encoder, store_folder=folder, **prefixes)
     embedded = embed_dataset(
         dataset,

@@ -104,7 +104,7 @@ def _export(given: Namespace) -> dict[str, Any]:
     if predictor is None:
         parity = _from_torch(given, options)
     else:
-        data = given.data or _data_of(predictor)
+        data = given.data or _data_of(predictor, given.store)
         parity = write_bundle(
             predictor.model,
             given.out,
@@ -128,9 +128,14 @@ def _encoders_of(predictor: Any) -> Path | None:
     return folder if is_pair(folder) else None
 
 
-def _data_of(predictor: Any) -> Path | None:
-    """The data folder a run was trained on, where it is still there, with its steering if that is needed."""
+def _data_of(predictor: Any, store: Path | None) -> Path | None:
+    """The data folder a run was trained on, where it is still there, with its steering if that is needed.
+
+    Its embeddings must be there as well, or in the run's store: no store is made where only a run says so.
+    """
+    from prime_jax.data.prepare import STORE
     from prime_jax.data.steered import ZERO
+    from prime_jax.data.store import holds_store
     from prime_jax.evaluate.steering import steering_folder
 
     config = predictor.config
@@ -139,6 +144,10 @@ def _data_of(predictor: Any) -> Path | None:
     there = folder is not None and all((folder / f"{name}.jsonl").is_file() for name in needed)
     if folder is not None and there and config.steered and config.steering.judge_with != ZERO:
         there = steering_folder(predictor, folder).is_dir()
+    if folder is not None and there and store is None:
+        known = [predictor.info().get(name) for name in ("encoder", "encoder_start")]
+        stores = (folder / STORE, Path(config.data.store or folder / STORE))
+        there = any(holds_store(root, *known) for root in stores)
     return folder if there else None
 
 

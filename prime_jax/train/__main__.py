@@ -51,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise ConfigError("--out is missing: name the run folder")
         from prime_jax.train.loop import train
         from prime_jax.train.processes import connected
+        from prime_jax.train.setup import resumed
 
         with connected(os.environ, given.coordinator, given.num_processes, given.process_id):
+            if given.resume and given.config is None:
+                config = resumed(config, given.out, settings)
             outcome = train(config, given.out, resume=given.resume, profile=given.profile)
     except PredictorError as mistake:
         print(f"prime-jax train: {mistake}", file=sys.stderr)

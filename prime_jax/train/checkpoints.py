@@ -32,8 +32,8 @@ from prime_jax.models.subspace import CENTROIDS
 from prime_jax.nn.target_head import initial_head
 from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.train.collective import barrier, is_main
-from prime_jax.train.items import read_item, read_item_here
-from prime_jax.train.plain_paths import plain_path
+from prime_jax.train.items import check_written, read_item, read_item_here
+from prime_jax.train.plain_paths import plain_path, relink
 from prime_jax.train.state import MODEL, TrainState, pure_params
 
 Table = Int32[np.ndarray, "n K"]
@@ -189,7 +189,7 @@ class Checkpoints:
         except Exception as failed:  # Orbax and TensorStore raise many kinds
             raise _unwritten(folder, failed) from failed
         self._writing = self._finisher.submit(
-            self._finish, folder, config, dict(facts), step, confidence, encoder
+            self._finish, folder, list(items), config, dict(facts), step, confidence, encoder
         )
 
     def wait(self) -> None:
@@ -215,12 +215,14 @@ class Checkpoints:
             path = self._opened_path.enter_context(plain_path(folder))
             self._manager = ocp.CheckpointManager(path, options=options)
         else:
+            relink(Path(self._manager.directory), checkpoints_folder(self._run))
             self._manager.reload()
         return self._manager
 
     def _finish(
         self,
         folder: Path,
+        items: list[str],
         config: Config,
         facts: dict[str, Any],
         step: int,
@@ -232,6 +234,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
             if not is_main():
                 return
+            check_written(folder, items)
             write_text(folder / CONFIG, to_yaml(config))
             if confidence is not None:
                 write_confidence(folder, confidence)

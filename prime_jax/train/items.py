@@ -1,5 +1,6 @@
-"""Reading the items of a checkpoint (`params`, `state`, ...) with Orbax, from a path of any name."""
+"""The items of a checkpoint (`params`, `state`, ...): read with Orbax from a path of any name, or missing."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,18 @@ import orbax.checkpoint as ocp
 
 from prime_jax.errors import CheckpointError
 from prime_jax.train.plain_paths import plain_path
+
+
+def check_written(folder: Path, names: Iterable[str]) -> None:
+    """Refuse a checkpoint of which Orbax reports success and that lies elsewhere, or nowhere.
+
+    Raises:
+        CheckpointError: If an item has no folder, or an empty one; the message names it.
+    """
+    for name in names:
+        item = folder / name
+        if not item.is_dir() or not any(item.iterdir()):
+            raise CheckpointError(f"the arrays of {item} were not written there")
 
 
 def read_item(folder: Path, like: Any) -> Any:

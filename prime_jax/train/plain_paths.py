@@ -7,6 +7,7 @@ with a plain name leads to the same folder.
 """
 
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +39,29 @@ def plain_path(folder: Path) -> Iterator[Path]:
         if _special(link) is not None:
             raise _unusable(folder, special, f"the temporary folder {home} has such a name, too; set TMPDIR")
         yield link
+
+
+def relink(path: Path, folder: Path) -> None:
+    """Make the link of `plain_path` again where it is gone: what cleans temporary folders goes by age.
+
+    Orbax would make a folder in its place and write there.
+
+    Args:
+        path: What `plain_path` gave.
+        folder: Where it leads.
+
+    Raises:
+        OSError: If the link cannot be made.
+    """
+    if path == folder.absolute() or (path.exists() and path.samefile(folder)):
+        return
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+    if not path.parent.exists():
+        path.parent.mkdir(mode=0o700)
+    path.symlink_to(folder.absolute(), target_is_directory=True)
 
 
 def _special(path: Path) -> str | None:

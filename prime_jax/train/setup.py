@@ -1,6 +1,6 @@
 """Everything that is checked and gathered before the first step of a run."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -9,15 +9,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from rich.markup import escape
 
 from prime_jax._version import __version__
-from prime_jax.config import Config, SteeringConfig, control_rows, load_stored_config
+from prime_jax.config import Config, SteeringConfig, control_rows, load_stored_config, user_names
 from prime_jax.data.control import with_control
 from prime_jax.data.curriculum import Curriculum, SteeredRows
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import load_encoder, passage_prefix_for
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import STEERING, Steering, open_steering, steered
+from prime_jax.data.store import holds_store
 from prime_jax.errors import CheckpointError, ConfigError, PredictorError
 from prime_jax.hybrid.settings import HybridConfig
 from prime_jax.locks import Ownership, owned
@@ -57,6 +59,37 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
                 f"{out} was trained with {section}.{name} {before[name]!r}, not {now.get(name)!r}; "
                 "a resumed run keeps its settings"
             )
+
+
+def resumed(config: Config, out: Path, options: Sequence[str]) -> Config:
+    """The configuration of a run that goes on by its own config.yaml, which is data and not the user's word.
+
+    Args:
+        config: As read from that file, the options and the environment.
+        out: Run folder.
+        options: The user's options, such as `["--data.store", "DIR"]`.
+
+    Returns:
+        The same; without Weights & Biases where only the file names it.
+
+    Raises:
+        ConfigError: If only the file names a store, and there is none.
+    """
+    store, project = config.data.store, config.monitor.wandb
+    newest = checkpoints.latest(out)
+    if store is not None and newest is not None and not user_names("data", "store", options):
+        facts = newest.facts
+        identity = facts.get("encoder_start", facts.get("encoder"))
+        if not holds_store(Path(store), identity):
+            raise ConfigError(
+                f"{out / checkpoints.CONFIG}: data.store {store!r} holds no embeddings of {identity}; add "
+                f"--data.store {store} to make them there, or name another folder"
+            )
+    if project is not None and not user_names("monitor", "wandb", options):
+        say(escape(f"nothing is sent to wandb; add --monitor.wandb {project} to go on sending"))
+        monitor = config.monitor.model_copy(update={"wandb": None})
+        config = config.model_copy(update={"monitor": monitor})
+    return config
 
 
 @contextmanager

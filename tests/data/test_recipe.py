@@ -3,14 +3,16 @@
 import gzip
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from prime_jax.data import recipe
+from prime_jax.data import recipe, records
 from prime_jax.data.recipe import RecipeWriter, identity_of, records_of, share_of, tsv_rows, value
-from prime_jax.data.records import Example, Passage, load_dataset
+from prime_jax.data.records import Dataset, Example, Passage, load_dataset, write_dataset
 from prime_jax.errors import DataError
+from prime_jax.locks import OWNER, owned
 
 COUNT = 57
 
@@ -147,3 +149,37 @@ def test_shares_are_even_and_never_change() -> None:
     shares = [share_of(str(number)) for number in range(2000)]
     assert share_of("7") == shares[7]
     assert abs(sum(share < 0.25 for share in shares) / 2000 - 0.25) < 0.04
+
+
+def test_the_folder_is_held_before_it_is_looked_at_and_free_after_a_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another recipe may finish between the look and the lock."""
+
+    @contextmanager
+    def finished_by_another(folder: Path, work: str) -> Iterator[None]:
+        folder.mkdir(exist_ok=True)
+        (folder / "corpus.jsonl").write_text("theirs")
+        (folder / "test.jsonl").write_text("theirs")
+        with owned(folder, work):
+            yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipe, "owned", finished_by_another)
+        with pytest.raises(DataError, match=r"corpus\.jsonl: is there already"):
+            RecipeWriter(tmp_path / "a", {})
+        patch.setattr(records, "owned", finished_by_another)
+        with pytest.raises(DataError, match=r"test\.jsonl: belongs to other data"):
+            write_dataset(tmp_path / "b", Dataset((Passage("p", "text"),), {}))
+    for folder in ("a", "b"):
+        assert not (tmp_path / folder / OWNER).exists()
+        assert (tmp_path / folder / "corpus.jsonl").read_text() == "theirs"
+    writer = RecipeWriter(tmp_path / "c", {})
+    with pytest.raises(DataError, match="'corpus' would be empty"):
+        writer.finish("made up", "none")
+    assert not (tmp_path / "c" / OWNER).exists()
+    (tmp_path / "c").mkdir(exist_ok=True)
+    (tmp_path / "c" / recipe.STATE).write_text("{")
+    with pytest.raises(DataError, match="not valid JSON") as refused:
+        RecipeWriter(tmp_path / "c", {})
+    assert not (tmp_path / "c" / OWNER).exists(), refused  # whose traceback keeps the writer alive

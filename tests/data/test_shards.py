@@ -90,6 +90,46 @@ def test_what_was_just_written_is_read_again(
     assert not (store.folder / NOTE).exists()
 
 
+def test_a_shard_replaced_while_it_was_checked_is_not_noted(
+    store: EmbeddingStore, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its facts must be those of the bytes that were hashed."""
+    counting, path = files.sha256, store.folder / SECOND
+
+    def replaced_after(shard: Path) -> str:
+        digest = counting(shard)
+        if shard == path and read.count(SECOND) == 1:
+            noise = path.with_suffix(".new")
+            noise.write_bytes(path.read_bytes()[:-10] + b"0123456789")
+            noise.replace(path)
+        return digest
+
+    monkeypatch.setattr(shards.files, "sha256", replaced_after)
+    for _ in range(2):
+        with pytest.raises(DataError, match=f"{SECOND}: damaged or changed"):
+            store.verify(again=False)
+
+
+def test_a_shard_that_changes_all_the_time_is_refused_and_one_touched_once_is_not(
+    store: EmbeddingStore, read: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counting, touches = files.sha256, [1]
+
+    def touched(shard: Path) -> str:
+        if shard.name == FIRST and touches:
+            os.utime(shard, ns=(touches[0], touches.pop()))
+        return counting(shard)
+
+    monkeypatch.setattr(shards.files, "sha256", touched)
+    store.verify(again=False)
+    assert sorted(read) == [FIRST, FIRST, SECOND]
+    store.verify(again=False)
+    assert len(read) == 3
+    touches += range(9, 1, -1)
+    with pytest.raises(DataError, match=f"{FIRST}: changes while it is checked"):
+        store.verify()
+
+
 @pytest.mark.parametrize(
     "note", ["", "{", "[]", '{"shards": []}', '{"shards": {"shard-00000.safetensors": 1}}']
 )

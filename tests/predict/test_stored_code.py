@@ -4,6 +4,7 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import fakes
 import numpy as np
@@ -14,6 +15,7 @@ from prime_jax.config import load_stored_config, read_config, to_yaml
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.__main__ import main as evaluate
 from prime_jax.explain.__main__ import main as explain
+from prime_jax.export.__main__ import _data_of
 from prime_jax.export.__main__ import main as export
 from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, write_manifest
@@ -21,6 +23,7 @@ from prime_jax.predict import text
 from prime_jax.serve.settings import read_settings
 from prime_jax.train.__main__ import main as train
 from prime_jax.train.checkpoints import latest
+from prime_jax.train.setup import resumed
 
 SETTINGS = [
     *("--model.input-dim", f"{fakes.DIM}", "--model.output-dim", f"{fakes.DIM}", "--model.hidden-dim", "128"),
@@ -192,9 +195,75 @@ def test_explaining_and_serving_take_the_name(honest: Path, capsys: pytest.Captu
     assert "encoder 'fakes:nothing': module 'fakes' has no attribute 'nothing'" in capsys.readouterr().err
 
 
-def test_a_store_that_only_the_run_names_is_not_made(honest: Path, tmp_path: Path) -> None:
+def handed_over(honest: Path, tmp_path: Path, **data: str) -> Path:
+    """A copy of the run, changed by somebody, and a folder of the reader with something in it."""
     shutil.copytree(honest / "run", tmp_path / "run")
-    change(tmp_path / "run", store=str(tmp_path / "elsewhere"))
-    words = ["--run", str(tmp_path / "run"), "--data", str(honest / "data"), "--out", str(tmp_path / "out")]
+    (tmp_path / "home" / "bag-of-words").mkdir(parents=True)
+    change(tmp_path / "run", **data)
+    return tmp_path / "run"
+
+
+def test_a_store_that_only_the_run_names_is_not_made(honest: Path, tmp_path: Path) -> None:
+    """Also where there is a folder of that name."""
+    run = handed_over(honest, tmp_path, store=str(tmp_path / "home"))
+    words = ["--run", str(run), "--data", str(honest / "data"), "--out", str(tmp_path / "out")]
     assert evaluate([*words, "--encoder", "fakes:encoder"]) == 0
-    assert not (tmp_path / "elsewhere").exists()
+    assert list((tmp_path / "home").rglob("*")) == [tmp_path / "home" / "bag-of-words"]
+
+
+def test_exporting_makes_no_store_that_only_the_run_names(honest: Path, tmp_path: Path) -> None:
+    shutil.copytree(honest / "data", tmp_path / "data", ignore=shutil.ignore_patterns("embeddings"))
+    run = handed_over(honest, tmp_path, store=str(tmp_path / "home"), path=str(tmp_path / "data"))
+    predictor = prime_jax.load(run, precision="float32", batch_sizes=(1,), encoder="fakes:encoder")
+    assert _data_of(predictor, None) is None
+    assert _data_of(predictor, tmp_path / "mine") == tmp_path / "data"  # the user's word
+    shutil.copytree(honest / "data" / "embeddings", tmp_path / "home", dirs_exist_ok=True)
+    assert _data_of(predictor, None) == tmp_path / "data"
+
+
+def test_resuming_makes_no_store_that_only_the_run_names(
+    honest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = str(tmp_path / "home")
+    run = handed_over(honest, tmp_path, store=store)
+    words = ["--resume", "--out", str(run), "--encoder", "fakes:encoder"]
+    assert train(words) == 2
+    said = capsys.readouterr().err
+    assert f"config.yaml: data.store '{store}' holds no embeddings of bag-of-words; add --data.store" in said
+    assert list((tmp_path / "home").rglob("*")) == [tmp_path / "home" / "bag-of-words"]
+    config = load_stored_config(run / "config.yaml")
+    assert resumed(config, run, ["--data.store", store]) == config
+    assert resumed(config, run, [f"--data.store={store}"]) == config
+    monkeypatch.setenv("PRIME_DATA__STORE", store)
+    assert resumed(config, run, []) == config
+    monkeypatch.delenv("PRIME_DATA__STORE")
+    shutil.copytree(honest / "data" / "embeddings", store, dirs_exist_ok=True)
+    assert resumed(config, run, []) == config
+
+
+@pytest.mark.parametrize("how", ["nothing", "option", "file", "environment"])
+def test_resuming_sends_nothing_where_only_the_run_says_so(
+    honest: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    how: str,
+) -> None:
+    run, begun = handed_over(honest, tmp_path), []
+
+    def init(**options: object) -> SimpleNamespace:
+        begun.append(options["project"])
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("wandb: null", "wandb: '[theirs]'"))
+    shutil.copy(config, tmp_path / "mine.yaml")
+    if how == "environment":
+        monkeypatch.setenv("PRIME_MONITOR__WANDB", "[theirs]")
+    words = {"option": ["--monitor.wandb", "[theirs]"], "file": ["--config", str(tmp_path / "mine.yaml")]}
+    resume = ["--resume", "--out", str(run), "--encoder", "fakes:encoder", *words.get(how, [])]
+    assert train(resume) == 0
+    line = "nothing is sent to wandb; add --monitor.wandb [theirs] to go on sending\n"
+    assert (line in capsys.readouterr().err) == (how == "nothing")
+    assert begun == ([] if how == "nothing" else ["[theirs]"])

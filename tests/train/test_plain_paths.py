@@ -1,18 +1,24 @@
 """Run folders of any name: what is written there is read again, or nothing is trained."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from commands import SETTINGS, exit_codes, start_together
 
 import prime_jax
+from prime_jax.config import Config
 from prime_jax.errors import CheckpointError
 from prime_jax.export.verification import main as verify
+from prime_jax.models.prime import PredictorConfig
 from prime_jax.train import checkpoints, plain_paths
 from prime_jax.train.__main__ import main
+from prime_jax.train.optim import make_optimizer
 from prime_jax.train.plain_paths import plain_path
+from prime_jax.train.state import TrainState, init_state
 
 PLAIN = [
     "plain",
@@ -96,6 +102,55 @@ def test_what_verifies_can_be_restored(
     said = capsys.readouterr()
     assert "every SHA-256 as in manifest.json" in said.out
     assert "params: cannot be restored" in said.err
+
+
+SAVED = {"epoch": 1.0, "metrics": {"MRR@10": 0.5}, "encoder": "e", "data_hash": "d"}
+
+
+def small_state(step: int) -> tuple[TrainState, Config]:
+    model = PredictorConfig(input_dim=6, output_dim=6, hidden_dim=128, num_layers=1, num_heads=2)
+    config = Config(model=model)
+    return replace(
+        init_state(model, make_optimizer(config.train, 9), seed=step), step=jnp.int32(step)
+    ), config
+
+
+@pytest.mark.parametrize("cleaned", ["home", "link", "replaced"])
+def test_a_link_that_was_cleaned_away_is_made_again(tmp_path: Path, cleaned: str) -> None:
+    """Temporary folders are cleaned by age, and a run may take weeks."""
+    with checkpoints.Checkpoints(tmp_path / "[v2]") as saver:
+        saver.save(*small_state(1), SAVED)
+        saver.wait()
+        link = Path(saver._manager.directory)
+        link.unlink()
+        if cleaned == "home":
+            link.parent.rmdir()
+        elif cleaned == "replaced":
+            link.mkdir()
+        saver.save(*small_state(2), SAVED)
+    newest = checkpoints.latest(tmp_path / "[v2]")
+    assert newest is not None
+    assert newest.step == 2
+    assert int(checkpoints.restore(newest, small_state(9)[0])[0].step) == 2
+    assert not link.parent.exists()
+
+
+def test_a_checkpoint_whose_arrays_went_elsewhere_is_none_and_drops_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "relink", lambda *_: None)
+    run = tmp_path / "[v2]"
+    with checkpoints.Checkpoints(run) as saver:
+        saver.save(*small_state(1), SAVED)
+        saver.wait()
+        link = Path(saver._manager.directory)
+        link.unlink()
+        link.mkdir()
+        saver.save(*small_state(2), SAVED)
+        with pytest.raises(CheckpointError, match="state were not written there; earlier ones are as"):
+            saver.wait()
+    (kept,) = checkpoints.list_checkpoints(run)
+    assert int(checkpoints.restore(kept, small_state(9)[0])[0].step) == 1
 
 
 def test_a_name_that_cannot_be_made_to_work_is_refused_before_training(
