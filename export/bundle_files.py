@@ -48,7 +48,8 @@ def verify(bundle: Path) -> dict[str, Any]:
     for path in bundle.rglob("*"):
         name = path.relative_to(bundle).as_posix()
         if path.is_file() and name not in files and name not in UNLISTED:
-            raise BundleError(f"{path}: not listed in manifest.json; the bundle was changed")
+            why = "delete it, import with python -B" if ".pyc" in path.name else "the bundle was changed"
+            raise BundleError(f"{path}: not listed in manifest.json; {why}")
     for name, facts in files.items():
         file = bundle / name
         if not file.resolve().is_relative_to(bundle.resolve()):

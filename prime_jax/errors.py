@@ -29,4 +29,4 @@ class OverloadedError(PredictorError):
 
 
 class WrongAnswerError(PredictorError):
-    """The model answered a sound request with what is no prediction: a fault of the model, not of the request."""
+    """The model answered with what is no prediction; a fault of the model, not of the request."""

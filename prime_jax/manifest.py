@@ -19,6 +19,7 @@ from prime_jax.files import json_text, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"  # vouches for the manifest too, so the manifest cannot list it
+COMPILED = "code that Python compiled; delete it, and import from a bundle with python -B"
 FORMAT_VERSION = 2
 FIRST_VERSION = "1.0.0"
 _SEMANTIC = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
@@ -102,9 +103,8 @@ def verify_manifest(folder: Path, kind: str) -> dict[str, Any]:
     listed: dict[str, dict[str, Any]] = manifest["files"]
     for name in _names_in(folder):
         if name not in listed:
-            raise CheckpointError(
-                f"{folder / name}: not listed in {MANIFEST}; the folder was changed after it was written"
-            )
+            why = COMPILED if ".pyc" in name else "the folder was changed after it was written"
+            raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}; {why}")
     for name, facts in listed.items():
         file = folder / name
         if not file.resolve().is_relative_to(folder.resolve()):
