@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from prime_jax.errors import CheckpointError
 from prime_jax.export import torch_jasper, torch_runtime
 from prime_jax.manifest import verify_manifest, write_manifest
 
@@ -68,3 +69,40 @@ def test_its_own_runtime_may_be_imported_where_it_lies(bundle: Path, monkeypatch
     compiled.rename(compiled.with_name("json.cpython-311.pyc"))
     with pytest.raises(runtime.CheckpointError, match=r"json\..*pyc: not listed"):
         runtime.verify(bundle)
+
+
+@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize(
+    ("link", "target"),
+    [
+        ("tokenizer", "../elsewhere"),  # a folder's files are not looked at through its link
+        ("encoder/x", "../../elsewhere"),
+        ("extra", "encoder"),
+        ("copy.json", "config.json"),
+        ("nowhere", "/nonexistent"),
+        ("model.sig", "../elsewhere/vocab.txt"),
+    ],
+)
+def test_links_are_refused(bundle: Path, name: str, link: str, target: str) -> None:
+    (elsewhere := bundle.parent / "elsewhere").mkdir()
+    (elsewhere / "vocab.txt").write_text("stranger")
+    (bundle / link).symlink_to(target)
+    with pytest.raises(Exception, match=rf"{link}: a link; ") as refused:
+        CHECKS[name](bundle)
+    assert type(refused.value).__name__ in ("CheckpointError", "BundleError")
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_listed_files_are_no_links_either_but_the_folder_may_be_one(bundle: Path, name: str) -> None:
+    (bundle.parent / "latest").symlink_to(bundle, target_is_directory=True)
+    assert CHECKS[name](bundle.parent / "latest")["kind"] == "bundle"
+    (bundle / "encoder").rename(bundle.parent / "encoder")
+    (bundle / "encoder").symlink_to(bundle.parent / "encoder", target_is_directory=True)
+    with pytest.raises(Exception, match="encoder: a link; "):
+        CHECKS[name](bundle)
+
+
+def test_no_manifest_is_written_over_a_link(bundle: Path) -> None:
+    (bundle / "latest").symlink_to("encoder", target_is_directory=True)
+    with pytest.raises(CheckpointError, match="latest: a link; "):
+        write_manifest(bundle, "bundle")
