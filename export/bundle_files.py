@@ -47,11 +47,14 @@ def verify(bundle: Path) -> dict[str, Any]:
             raise BundleError(f"{where}: names {name!r} but does not list it")
     for path in bundle.rglob("*"):
         name = path.relative_to(bundle).as_posix()
+        if path.is_symlink():  # what a folder's link leads to would not be looked at
+            raise BundleError(f"{path}: a link; a bundle holds its files itself")
         if path.is_file() and name not in files and name not in UNLISTED:
-            raise BundleError(f"{path}: not listed in manifest.json; the bundle was changed")
+            why = "delete it, import with python -B" if ".pyc" in path.name else "the bundle was changed"
+            raise BundleError(f"{path}: not listed in manifest.json; {why}")
     for name, facts in files.items():
         file = bundle / name
-        if not file.resolve().is_relative_to(bundle.resolve()):
+        if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise BundleError(f"{where}: the path {name!r} leaves the folder")
         if not file.is_file() or _sha256(file) != facts["sha256"]:
             raise BundleError(f"{file}: missing or damaged")

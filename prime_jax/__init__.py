@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         ExportError,
         OverloadedError,
         PredictorError,
+        WrongAnswerError,
     )
     from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
     from prime_jax.predict.predictor import Predictor, load
@@ -35,6 +36,7 @@ _HOME = {
     "DataError": "prime_jax.errors",
     "ExportError": "prime_jax.errors",
     "OverloadedError": "prime_jax.errors",
+    "WrongAnswerError": "prime_jax.errors",
     "PredictorInput": "prime_jax.predict.schema",
     "PredictorOutput": "prime_jax.predict.schema",
 }
@@ -53,6 +55,7 @@ __all__ = [
     "PredictorInput",
     "PredictorOutput",
     "TrainingConfig",
+    "WrongAnswerError",
     "__version__",
     "load",
 ]

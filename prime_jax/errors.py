@@ -26,3 +26,7 @@ class ExportError(PredictorError):
 
 class OverloadedError(PredictorError):
     """More requests are waiting than a service may keep; the same request may succeed later."""
+
+
+class WrongAnswerError(PredictorError):
+    """The model answered with what is no prediction; a fault of the model, not of the request."""

@@ -19,6 +19,7 @@ from prime_jax.files import json_text, read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"  # vouches for the manifest too, so the manifest cannot list it
+COMPILED = "code that Python compiled; delete it, and import from a bundle with python -B"
 FORMAT_VERSION = 2
 FIRST_VERSION = "1.0.0"
 _SEMANTIC = re.compile(r"(0|[1-9]\d*)(\.(0|[1-9]\d*)){2}(-[0-9A-Za-z.-]+)?(\+[0-9A-Za-z.-]+)?")
@@ -35,6 +36,7 @@ def write_manifest(folder: Path, kind: str, *, model_version: str = FIRST_VERSIO
 
     Raises:
         PredictorError: If `model_version` is not a semantic version.
+        CheckpointError: If there is a link in the folder.
     """
     check_version(model_version)
     listed = [folder / name for name in _names_in(folder)]
@@ -94,7 +96,7 @@ def verify_manifest(folder: Path, kind: str) -> dict[str, Any]:
 
     Raises:
         CheckpointError: As `read_manifest`; if it is of another kind, a listed file is missing, a file is
-            not listed, or any byte differs. The message names the file.
+            not listed or a link, or any byte differs. The message names the file.
     """
     manifest = read_manifest(folder)
     if manifest.get("kind") != kind:
@@ -102,13 +104,10 @@ def verify_manifest(folder: Path, kind: str) -> dict[str, Any]:
     listed: dict[str, dict[str, Any]] = manifest["files"]
     for name in _names_in(folder):
         if name not in listed:
-            raise CheckpointError(
-                f"{folder / name}: not listed in {MANIFEST}; the folder was changed after it was written"
-            )
+            why = COMPILED if ".pyc" in name else "the folder was changed after it was written"
+            raise CheckpointError(f"{folder / name}: not listed in {MANIFEST}; {why}")
     for name, facts in listed.items():
         file = folder / name
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{file}: a link that leaves the folder")
         if not file.is_file():
             raise CheckpointError(f"{file}: listed in {MANIFEST} but missing")
         if file.stat().st_size != facts["bytes"]:
@@ -127,8 +126,12 @@ def manifest_digest(manifest: Mapping[str, Any]) -> str:
 
 
 def _names_in(folder: Path) -> list[str]:
-    """Every file that belongs to the folder's content, by its path in it."""
-    names = [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+    """Every file that belongs to the folder's content, by its path in it; links are refused."""
+    paths = list(folder.rglob("*"))
+    for path in paths:
+        if path.is_symlink():  # what a folder's link leads to is not among them
+            raise CheckpointError(f"{path}: a link; a {MANIFEST} vouches for what is in its folder alone")
+    names = [path.relative_to(folder).as_posix() for path in paths if path.is_file()]
     return sorted(name for name in names if name not in (MANIFEST, SIGNATURE))
 
 

@@ -114,13 +114,11 @@ def test_json_that_only_malice_writes_is_refused(sealed: Path, text: str) -> Non
         read_manifest(sealed)
 
 
-def test_compiled_code_and_links_that_leave_are_refused(
-    sealed: Path, tmp_path_factory: pytest.TempPathFactory
-) -> None:
+def test_compiled_code_and_links_are_refused(sealed: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "config"
     (sealed / "config").rename(elsewhere)
     (sealed / "config").symlink_to(elsewhere)
-    with pytest.raises(CheckpointError, match="config: a link that leaves the folder"):
+    with pytest.raises(CheckpointError, match="config: a link"):
         verify_manifest(sealed, "thing")
     (sealed / "config").unlink()
     elsewhere.rename(sealed / "config")

@@ -74,13 +74,13 @@ class _Nodes:
         return node.outputs[0]
 
     def quantised_rows(self, rows: Any, size: int) -> tuple[Any, Any]:
-        """Rows `[..., size]` as uint8 `[R, size]`, and their scales `[R, 1]`."""
+        """Rows `[..., size]` as uint8 `[R, size]`, and scales `[R, 1]`, NaN for a row with NaN or Inf."""
         flat = rows if len(rows.shape) == 2 else self.reshaped(rows, [-1, size])
         sizes = self.add("Abs", [flat])
+        axis = self.constant(np.array([1], np.int64), "int8_axis")
         if self._opset < 18:  # axes became an input then
             largest = self.add("ReduceMax", [sizes], axes=[1], keepdims=0)
         else:
-            axis = self.constant(np.array([1], np.int64), "int8_axis")
             largest = self.add("ReduceMax", [sizes, axis], keepdims=0)
         largest = self.reshaped(largest, [-1])  # ONNX Runtime does not reduce an empty batch's shape
         step = self.constant(np.array(1 / STEPS, np.float32), "int8_step")
@@ -88,7 +88,12 @@ class _Nodes:
         scales = self.add("Max", [self.add("Mul", [largest, step]), tiny])
         value = self._ir.tensor(np.array([MIDDLE], np.uint8))
         middles = self.add("ConstantOfShape", [self.add("Shape", [scales])], value=value)
-        return self.add("QuantizeLinear", [flat, scales, middles], axis=0), self.reshaped(scales, [-1, 1])
+        integers = self.add("QuantizeLinear", [flat, scales, middles], axis=0)
+        # ONNX Runtime's maximum loses NaN, and an integer has none; a sum takes it on to the product.
+        zero = self.constant(np.array(0, np.float32), "int8_zero")
+        sums = self.reshaped(self.add("ReduceSum", [sizes, axis], keepdims=0), [-1])
+        row_scales = self.add("Add", [scales, self.add("Mul", [sums, zero])])
+        return integers, self.reshaped(row_scales, [-1, 1])
 
     def reshaped(self, value: Any, sizes: Sequence[int]) -> Any:
         """The value in another shape."""

@@ -50,7 +50,9 @@ def verify_signature(folder: Path, public_key: Path) -> None:
     verifying = need("model_signing", "sign").verifying
     signature = folder / SIGNATURE
     if (compiled := folder / "__pycache__").exists():  # a signature says itself what it leaves out
-        raise CheckpointError(f"{compiled}: compiled code that nobody signed; delete it")
+        raise CheckpointError(
+            f"{compiled}: compiled code that nobody signed; delete it, import with python -B"
+        )
     if not signature.is_file():
         raise CheckpointError(f"{folder}: is not signed, there is no {SIGNATURE}")
     if not public_key.is_file():

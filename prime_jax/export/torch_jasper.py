@@ -306,17 +306,15 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
     Raises:
         CheckpointError: If the manifest is not a bundle's, names a path outside the folder, or a file is
-            missing or differs; the message names the file.
+            missing, a link, or differs; the message names the file.
     """
     folder = Path(folder)
     manifest = _read_json(folder / "manifest.json")
     where, files = folder / "manifest.json", manifest.get("files")
     if manifest.get("kind") != "bundle" or not isinstance(files, dict):
         raise CheckpointError(f"{where}: not the manifest of a bundle")
-    if manifest.get("format_version") not in FORMATS:
-        raise CheckpointError(
-            f"{where}: format version {manifest.get('format_version')!r}, this code reads {FORMATS}"
-        )
+    if (version := manifest.get("format_version")) not in FORMATS:
+        raise CheckpointError(f"{where}: format version {version!r}, this code reads {FORMATS}")
     as_written = where.read_text("utf-8") == json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
     rest = {name: fact for name, fact in manifest.items() if name != "sha256"}
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
@@ -325,18 +323,19 @@ def verify(folder: str | Path) -> dict[str, Any]:
     for name in ("config.json", "model.safetensors"):
         if name not in files:
             raise CheckpointError(f"{where}: does not list {name}")
-    if (cached := globals().get("__cached__")) and Path(cached).is_relative_to(folder.resolve()):
-        Path(cached).unlink(missing_ok=True)  # Python's copy of this file, where it is imported from a bundle
+    inside = Path(globals().get("__file__", "/-")).resolve().parent == folder.resolve()
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name not in files and name not in ("manifest.json", "model.sig"):
-            raise CheckpointError(f"{path}: not listed in manifest.json; the bundle was changed")
+        if path.is_symlink():  # what a folder's link leads to would not be looked at
+            raise CheckpointError(f"{path}: a link; a bundle holds its files itself")
+        own = inside and name.startswith("__pycache__/torch_runtime.")  # what Python made of this file
+        if path.is_file() and not own and name not in (*files, "manifest.json", "model.sig"):
+            why = "delete it, import with python -B" if ".pyc" in path.name else "the bundle was changed"
+            raise CheckpointError(f"{path}: not listed in manifest.json; {why}")
     for name, facts in files.items():
         file = folder / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise CheckpointError(f"{where}: the path {name!r} leaves the folder")
-        if not file.resolve().is_relative_to(folder.resolve()):
-            raise CheckpointError(f"{file}: a link that leaves the folder")
         if not file.is_file():
             raise CheckpointError(f"{file}: listed in manifest.json but missing")
         with file.open("rb") as stream:

@@ -133,8 +133,8 @@ def dropout(x: Array, rate: float, key: Key[Array, ""] | None) -> Array:
     return dropped_out(x, rate, keep_mask(x.shape, rate, key))
 
 
-def keep_mask(shape: tuple[int, ...], rate: float, key: Key[Array, ""] | None) -> Bool[Array, "*a"] | None:
-    """Which elements dropout keeps; None for all of them."""
+def keep_mask(shape: tuple[Any, ...], rate: float, key: Key[Array, ""] | None) -> Bool[Array, "*a"] | None:
+    """Which elements dropout keeps; None for all of them. Sizes are symbols while a model is exported."""
     if key is None or rate == 0.0:
         return None
     width = shape[-1]

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prime_jax.errors import OverloadedError, PredictorError
+from prime_jax.errors import OverloadedError, PredictorError, WrongAnswerError
 from prime_jax.predict.inputs import Request
 
 
@@ -232,7 +232,7 @@ class Batcher:
         try:
             answers = running.result()
             if len(answers) != len(batch):
-                raise PredictorError(f"{len(batch)} requests were answered with {len(answers)} predictions")
+                raise WrongAnswerError(f"{len(batch)} requests were answered with {len(answers)} predictions")
         except Exception as failed:
             self._separately(batch, failed)
             return

@@ -170,7 +170,8 @@ class Predictor:
 
         Raises:
             PredictorError: For a wrong shape or dtype, too many turns, NaN, Inf or a norm that no embedding
-                has (`inputs`), or where the answer is no unit vector.
+                has (`inputs`).
+            WrongAnswerError: Where the answer is no unit vector.
         """
         request = shaped(self.model.config, context, query, context_mask)
         rows = self._begin(*request[:3]).result(zero_query=zero_query)

@@ -4,7 +4,7 @@ from collections import deque
 
 import numpy as np
 
-from prime_jax.errors import PredictorError
+from prime_jax.errors import WrongAnswerError
 from prime_jax.predict.inputs import Request, Vectors, check_values
 from prime_jax.predict.packing import BAD_INPUT, SOUND
 from prime_jax.predict.programs import Programs, Running
@@ -40,7 +40,8 @@ class Started:
             zero_query: Take queries of any small norm, and what comes of them.
 
         Raises:
-            PredictorError: If the device found a row of the request, or its answer, not to be sound.
+            PredictorError: If the device found a row of the request not to be sound.
+            WrongAnswerError: If the answer to a sound row is no unit vector.
         """
         parts = []
         while self._running:
@@ -74,14 +75,15 @@ def check_state(state: np.ndarray, request: Request) -> None:
         request: What was asked.
 
     Raises:
-        PredictorError: Naming the vector, or the row whose answer is no unit vector.
+        PredictorError: Naming the vector.
+        WrongAnswerError: Naming the row whose answer is no unit vector.
     """
     if not state.any():  # all are SOUND; NaN counts as true
         return
     if (state == BAD_INPUT).any():
         check_values(request)
     row = int(np.flatnonzero(state != SOUND)[0])
-    raise PredictorError(
+    raise WrongAnswerError(
         f"the answer to request {row} is no unit vector: query and turns are too large or too small for this "
         "model, or cancel each other out"
     )

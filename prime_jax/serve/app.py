@@ -14,7 +14,7 @@ from pydantic import Field
 from starlette.exceptions import HTTPException
 
 from prime_jax._version import __version__
-from prime_jax.errors import OverloadedError, PredictorError
+from prime_jax.errors import OverloadedError, PredictorError, WrongAnswerError
 from prime_jax.frozen import Frozen
 from prime_jax.predict.inputs import checked
 from prime_jax.predict.judging import check_guard
@@ -48,10 +48,6 @@ class SessionState(Frozen):
 
     id: str
     turns: int
-
-
-class WrongAnswerError(Exception):
-    """The model answered with what is no prediction; a fault of the model, not of the request."""
 
 
 class ClientGoneError(Exception):
@@ -311,6 +307,8 @@ def _answer_errors(app: FastAPI) -> None:
         return fault(422, "; ".join(_told(one) for one in faults[:5]))
 
     async def refused(_: Request, error: Exception) -> Response:
+        if isinstance(error, WrongAnswerError):
+            raise error  # logged, and answered with 500
         if isinstance(error, OverloadedError):
             return fault(503, str(error), **{"Retry-After": "1"})
         return fault(404 if isinstance(error, NoSuchSessionError) else 422, str(error))

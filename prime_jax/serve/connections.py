@@ -25,8 +25,9 @@ SPARE = 32  # descriptors for files, logs and threads that are opened while it s
 class Connection(H11Protocol):
     """One client's connection, HTTP/1.1, that is not waited for without end.
 
-    Where all places are taken, the one that has waited longest for a request makes room; where none waits,
-    the newcomer is refused with 503. `bounded` makes the subclasses that are used.
+    Where all places are taken, the one that has waited longest for a request makes room, or else the one
+    that has waited longest for the rest of one; where every request is complete, the newcomer is refused
+    with 503. `bounded` makes the subclasses that are used.
     """
 
     most: int
@@ -72,9 +73,16 @@ class Connection(H11Protocol):
         """Whether no request is being answered."""
         return self.cycle is None or self.cycle.response_complete
 
+    @property
+    def waits_for_body(self) -> bool:
+        """Whether a request is not complete yet; its answer may have begun, such as to a body too large."""
+        return not self.waits and self.cycle.more_body and not self.cycle.response_started
+
     def _make_room(self) -> bool:
         """Close the connection that has waited longest; False where every one is being answered."""
-        longest = next((one for one in self.places if one.waits), None)
+        silent = (one for one in self.places if one.waits)
+        unfinished = (one for one in self.places if one.waits_for_body)
+        longest = next(silent, None) or next(unfinished, None)
         if longest is not None:
             longest._end("evicted")
         return longest is not None

@@ -191,6 +191,40 @@ def test_integers_give_what_numpy_gives_with_a_scale_per_row() -> None:
     np.testing.assert_allclose(got / one, rows @ matrix / one, atol=0.3)  # of sums of 40 products
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_integers_carry_what_is_no_number(bad: float) -> None:
+    """Into the answers of its row alone; ONNX Runtime's maximum loses NaN, and an integer cannot hold it."""
+    rng = np.random.default_rng(0)
+    rows, matrix = rng.normal(size=(4, 3, 40)).astype(np.float32), rng.normal(size=(40, 8))
+    graph = small_graph("MatMul", {"x": ["B", 3, 40]}, {"w": matrix.astype(np.float32)})
+    integers.to_integers(graph)
+    runtime = onnxruntime.InferenceSession(ir.to_proto(graph).SerializeToString())
+    (expected,) = runtime.run(None, {"x": rows})
+    assert np.isfinite(expected).all()
+    rows[2, 1, 7] = bad
+    (got,) = runtime.run(None, {"x": rows})
+    assert np.isnan(got[2, 1]).all()
+    got[2, 1] = expected[2, 1]
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_nan_in_a_turn_or_a_query_is_answered_with_nan_in_every_precision(exported: Any) -> None:
+    folder, golden = exported
+    rows = {name: golden[name][:4].copy() for name in ("context", "context_mask", "query")}
+    for file in FILES.values():
+        model = session(folder / file)
+        (expected,) = model.run(["embedding"], rows)
+        for name in ("context", "query"):
+            spoilt = {key: array.copy() for key, array in rows.items()}
+            row = int(np.flatnonzero(rows["context_mask"].any(axis=1))[0])
+            turn = int(np.flatnonzero(rows["context_mask"][row])[0])
+            spoilt[name][(row, turn, 0) if name == "context" else (row, 0)] = np.nan
+            (got,) = model.run(["embedding"], spoilt)
+            assert np.isnan(got[row]).all(), (file, name)
+            others = np.arange(4) != row
+            np.testing.assert_array_equal(got[others], expected[others])
+
+
 @pytest.mark.parametrize("fields", [{}, {"residual": "linear", "context_attention": "causal"}, LLAMA])
 @pytest.mark.parametrize("gradients", [True, False])
 def test_torch_answers_an_empty_batch(fields: dict[str, Any], gradients: bool) -> None:

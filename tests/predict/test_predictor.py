@@ -12,7 +12,7 @@ from flax import nnx
 from jax import monitoring
 
 import prime_jax
-from prime_jax.errors import CheckpointError, PredictorError
+from prime_jax.errors import CheckpointError, PredictorError, WrongAnswerError
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.predict import precision
 from prime_jax.predict.predictor import Predictor
@@ -278,7 +278,7 @@ def test_an_answer_that_is_no_unit_vector_is_refused() -> None:
     """Finite weights, as they are found in damaged files, may still give nothing."""
     model = EmbeddingPredictor(CONFIG.model_copy(update={"residual": "none"}), rngs=nnx.Rngs(0))
     model.output_proj.kernel[...] *= 0
-    with pytest.raises(PredictorError, match="the answer to request 0 is no unit vector"):
+    with pytest.raises(WrongAnswerError, match="the answer to request 0 is no unit vector"):
         Predictor.from_model(model).predict(*inputs(2))
 
 

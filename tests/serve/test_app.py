@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import Served
-from predictors import D, N
+from predictors import D, N, make
 
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.schema import PredictorOutput, to_base64
@@ -165,25 +166,29 @@ def test_a_long_name_is_not_sent_back(served: Served) -> None:
     assert len(answer.content) < 200
 
 
-@pytest.mark.parametrize(("value", "norm"), [(0.0, "0"), (float("nan"), "nan"), (1.0, "4.9")])
+@pytest.mark.parametrize("weight", [0.0, 1e38])
 def test_what_is_no_prediction_never_leaves(
-    serve: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, value: float, norm: str
+    serve: Any, caplog: pytest.LogCaptureFixture, weight: float
 ) -> None:
-    """One line of log; the fault is the model's."""
-
-    def answer(_: Any, batch: Any) -> np.ndarray:
-        return np.full((len(batch), D), value, np.float32)
-
-    with serve() as started, monkeypatch.context() as patch, caplog.at_level(logging.ERROR):
-        patch.setattr("prime_jax.predict.batcher.Batcher._call", answer)
-        found = started.client.post("/predict", json=body())
-        assert found.status_code == 500
-        assert found.json() == {"error": "something went wrong in the server; its log says what"}
-    (record,) = caplog.records
-    line = record.getMessage()
-    assert line.startswith(f"POST /predict failed: WrongAnswerError: norm {norm}")
-    assert "\n" not in line
-    assert record.exc_info is None
+    """One line of log, for a request and for a session; the fault is the model's."""
+    model = make(residual="none", context_attention="causal", use_torch_compile=False)
+    model.output_proj.kernel[...] = jnp.full_like(model.output_proj.kernel[...], weight)
+    model.output_proj.bias[...] *= weight
+    with (
+        serve(Predictor.from_model(model, precision="float32"), max_sessions=1) as started,
+        caplog.at_level(logging.WARNING),
+    ):
+        path = f"/sessions/{started.client.post('/sessions').json()['id']}/predict"
+        for route, asked in (("/predict", body()), (path, {"query_embedding": QUERY.tolist()})):
+            found = started.client.post(route, json=asked)
+            assert found.status_code == 500, found.json()
+            assert found.json() == {"error": "something went wrong in the server; its log says what"}
+    for route, record in zip(("/predict", "/sessions/{name}/predict"), caplog.records, strict=True):
+        line = record.getMessage()
+        assert line.startswith(f"POST {route} failed: WrongAnswerError: the answer to request 0 is no unit")
+        assert "started.py" in line
+        assert "\n" not in line
+        assert record.exc_info is None
 
 
 def test_paths_and_methods_that_are_not_there(served: Served) -> None:

@@ -110,6 +110,27 @@ def test_silent_connections_make_room_for_those_that_ask(serve: Any) -> None:
         assert closed(served, "silent") == 0
 
 
+def test_bodies_that_never_come_make_room_but_not_before_silence(serve: Any) -> None:
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n"
+    with serve(header_timeout_s=60, timeout_s=60, max_connections=4) as served:
+        address = f"http://127.0.0.1:{served.port}/health"
+        with connected(served, 3) as slow, connected(served) as (silent,):
+            for one in slow:
+                one.sendall(head)
+            time.sleep(0.2)  # until the server has read these heads
+            assert httpx.get(address, timeout=20).status_code == 200
+            assert silent.recv(100) == b""
+            for one in slow:
+                one.sendall(b"123456789")
+                assert one.recv(100).startswith(b"HTTP/1.1 415 ")
+        with connected(served, 20) as opened:
+            for one in opened:
+                one.sendall(head)
+            for _ in range(5):
+                assert httpx.get(address, timeout=20).status_code == 200
+            assert closed(served, "refused") == 0
+
+
 def test_a_client_that_waits_for_its_next_request_goes_before_a_busy_one(serve: Any, gate: Gate) -> None:
     with serve(gate.predictor, max_connections=1) as served, connected(served) as (busy,):
         content = json.dumps(body()).encode()
