@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from prime_jax.errors import PredictorError
 from prime_jax.models import Model
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.compiled import compile_ahead, compile_all
@@ -184,10 +186,11 @@ class Programs:
         for size in self._sizes:
             self.fixed(size)
         with self._lock:
+            for key in set(self._compiled) - set(wanted):
+                del self._compiled[key]
             recipes = {choice.recipe for choice in self.choices.values()}
-            self._compiled = {key: kept for key, kept in self._compiled.items() if key in wanted}
-            used = {(recipe.dtype, recipe.outputs_first) for recipe in recipes}
-            self._weights = {key: kept for key, kept in self._weights.items() if key in used}
+            for layout in set(self._weights) - {(recipe.dtype, recipe.outputs_first) for recipe in recipes}:
+                del self._weights[layout]
 
     def weights(self, recipe: Recipe) -> Flat:
         """The weights for a recipe, as arguments of a program."""
@@ -247,20 +250,15 @@ class Programs:
         """Compile side by side; what cannot be compiled says so to whoever asks for it."""
         missing = [key for key in keys if key not in self._compiled]
         for recipe in dict.fromkeys(recipe for _, _, recipe in missing):
-            self.weights(recipe)
+            with suppress(Exception):  # a copy that does not fit, for instance
+                self.weights(recipe)
         with progress(title, len(missing), "programs") as step:
             jobs = [partial(self._compile, (batch, turns), recipe) for batch, turns, recipe in missing]
             compile_all(jobs, lambda: step(1))
 
     def program(self, shape: Shape, recipe: Recipe) -> Program:
-        """The compiled forward pass for one shape. An error is raised once; the next call tries again."""
-        future = self._compile(shape, recipe)
-        try:
-            return future.result()
-        except Exception:
-            with self._lock:
-                self._compiled.pop((*shape, recipe), None)
-            raise
+        """The compiled forward pass for one shape. After an error the next call tries again."""
+        return self._compile(shape, recipe).result()
 
     def _compile(self, shape: Shape, recipe: Recipe) -> "Future[Program]":
         """Compile, or wait for whoever compiles the same."""
@@ -296,16 +294,26 @@ def packing_for(config: Any, shape: Shape, recipe: Recipe) -> Packing:
 
 
 def _once(lock: threading.Lock, kept: dict[K, "Future[T]"], key: K, make: Callable[[], T]) -> "Future[T]":
-    """What `make` gives, made by the first who asks; the others wait. An error is for all who ask."""
+    """What `make` gives, made by the first who asks; the others wait.
+
+    An error is for those who wait at that moment and is not kept: who asks later tries again. What ends more
+    than this call, Ctrl-C for instance, is raised here only; who waits gets a PredictorError.
+    """
     mine: Future[T] = Future()
     with lock:
         future = kept.setdefault(key, mine)
     if future is not mine:
         return future
     try:
-        mine.set_result(make())
+        made = make()
     except BaseException as failed:
-        mine.set_exception(failed)
-        if not isinstance(failed, Exception):
-            raise
+        with lock:
+            if kept.get(key) is mine:
+                del kept[key]
+        if isinstance(failed, Exception):
+            mine.set_exception(failed)
+            return mine
+        mine.set_exception(PredictorError("another thread was interrupted while it compiled this; try again"))
+        raise
+    mine.set_result(made)
     return mine

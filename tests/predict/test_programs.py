@@ -1,0 +1,53 @@
+"""What a predictor compiles: failures that pass, choices that stay, programs that are not kept."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from predictors import make, requests
+
+from prime_jax.predict import precision
+from prime_jax.predict.precision import EXACT, Recipe
+from prime_jax.predict.predictor import Predictor
+from prime_jax.predict.programs import Programs
+
+HALF = Recipe("bfloat16", "float32", outputs_first=True)
+
+
+def predictor(kind: Any = "float32", **fields: Any) -> Predictor:
+    model = make(num_layers=1, max_batch_size=2, **{"use_torch_compile": False} | fields)
+    return Predictor.from_model(model, precision=kind, batch_sizes=(1,))
+
+
+@pytest.mark.parametrize("method", ["_make", "_lay_out"])
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
+def test_a_failure_is_not_kept(
+    method: str, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C, or too little memory at that moment: the next call compiles."""
+    served = predictor()
+
+    def fail(*_: Any) -> Any:
+        raise failure
+
+    with monkeypatch.context() as failing, pytest.raises(failure):
+        failing.setattr(Programs, method, fail)
+        served.predict(*requests(1))
+    np.testing.assert_array_equal(served.predict(*requests(1)), predictor().predict(*requests(1)))
+
+
+def test_weights_that_do_not_fit_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy in bfloat16 beside the float32 weights may be too much for a device."""
+    monkeypatch.setattr(precision, "MEASURED_FROM", 0)
+    monkeypatch.setattr(Programs, "_transposed", lambda _: False)
+    lay_out = Programs._lay_out
+
+    def full(programs: Programs, recipe: Recipe) -> Any:
+        if recipe == HALF:
+            raise MemoryError
+        return lay_out(programs, recipe)
+
+    monkeypatch.setattr(Programs, "_lay_out", full)
+    told = predictor("auto", use_torch_compile=True).info()["precision"]
+    assert {row["dtype"] for row in told.values()} == {EXACT.dtype}
+    assert "bfloat16 is not available (MemoryError)" in told[1]["why"]
