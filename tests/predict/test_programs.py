@@ -1,15 +1,18 @@
 """What a predictor compiles: failures that pass, choices that stay, programs that are not kept."""
 
+import threading
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 import pytest
 from predictors import make, requests
 
+from prime_jax.errors import PredictorError
 from prime_jax.predict import precision
 from prime_jax.predict.precision import EXACT, Recipe
 from prime_jax.predict.predictor import Predictor
-from prime_jax.predict.programs import Programs
+from prime_jax.predict.programs import Programs, _once
 
 HALF = Recipe("bfloat16", "float32", outputs_first=True)
 
@@ -34,6 +37,22 @@ def test_a_failure_is_not_kept(
         failing.setattr(Programs, method, fail)
         served.predict(*requests(1))
     np.testing.assert_array_equal(served.predict(*requests(1)), predictor().predict(*requests(1)))
+
+
+def test_who_waits_for_an_interrupted_compilation_gets_an_ordinary_error() -> None:
+    kept: dict[str, Future[int]] = {}
+    waiting: list[Future[int]] = []
+
+    def interrupted() -> int:
+        waiting.append(_once(lock, kept, "program", lambda: 1))
+        raise KeyboardInterrupt
+
+    lock = threading.Lock()
+    with pytest.raises(KeyboardInterrupt):
+        _once(lock, kept, "program", interrupted)
+    with pytest.raises(PredictorError, match="interrupted while it compiled this; try again"):
+        waiting[0].result(0)
+    assert _once(lock, kept, "program", lambda: 2).result(0) == 2
 
 
 def test_weights_that_do_not_fit_are_not_available(monkeypatch: pytest.MonkeyPatch) -> None:
