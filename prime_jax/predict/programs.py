@@ -159,7 +159,7 @@ class Programs:
         with self._choosing:
             if size not in self.choices:
                 known = unmeasured(self._precision, self._parameters, self._exact_if_needed())
-                known = known or self._remembered.read().get(size)
+                known = known or self._remembered_choices((size,)).get(size)
                 if known is None:
                     known = self.choose(size, self._precision)
                     self._remembered.write({size: known})
@@ -235,9 +235,8 @@ class Programs:
         if known := unmeasured(self._precision, self._parameters, exact):
             self.choices |= dict.fromkeys(self._sizes, known)
             return
-        remembered = self._remembered.read()
-        if all(size in remembered for size in self._sizes):
-            self.choices |= {size: remembered[size] for size in self._sizes}
+        if remembered := self._remembered_choices(self._sizes):
+            self.choices |= remembered
             return
         ends = dict.fromkeys((self._sizes[0], self._sizes[-1]))
         turns = self._config.max_context_length
@@ -246,9 +245,27 @@ class Programs:
         self.choices |= choose_all(self._sizes, partial(self.choose, precision=self._precision))
         self._remembered.write(self.choices)
 
+    def _remembered_choices(self, sizes: Sequence[int]) -> dict[int, Choice]:
+        """The choices of an earlier start for these sizes, their programs compiled; none where one is missing.
+
+        What does not compile any more (another driver, less memory) is forgotten.
+        """
+        remembered = self._remembered.read()
+        if any(size not in remembered for size in sizes):
+            return {}
+        turns = self._config.max_context_length
+        keys = [(size, turns, remembered[size].recipe) for size in sizes]
+        self._compile_all("Compiling the predictor", keys)
+        if any(key not in self._compiled for key in keys):
+            self._remembered.forget()
+            return {}
+        return {size: remembered[size] for size in sizes}
+
     def _compile_all(self, title: str, keys: Iterable[tuple[int, int, Recipe]]) -> None:
         """Compile side by side; what cannot be compiled says so to whoever asks for it."""
         missing = [key for key in keys if key not in self._compiled]
+        if not missing:
+            return
         for recipe in dict.fromkeys(recipe for _, _, recipe in missing):
             with suppress(Exception):  # a copy that does not fit, for instance
                 self.weights(recipe)
