@@ -152,13 +152,14 @@ class Programs:
     def as_requested(self, shape: Shape) -> Program:
         """The program of exactly this shape; nothing is measured: it is what was asked for, or exact."""
         half = self._precision == "bfloat16"
-        return self.program(shape, self.choice(self._sizes[-1]).recipe if half else self.exact())
+        recipe = self.choice(self._sizes[-1]).recipe if half else self.exact(self._precision)
+        return self.program(shape, recipe)
 
     def choice(self, size: int) -> Choice:
         """How batches of this size are computed, chosen once."""
         with self._choosing:
             if size not in self.choices:
-                known = unmeasured(self._precision, self._parameters, self._exact_if_needed())
+                known = unmeasured(self._precision, self._parameters, self.exact(self._precision))
                 known = known or self._remembered_choices((size,)).get(size)
                 if known is None:
                     known = self.choose(size, self._precision)
@@ -174,8 +175,7 @@ class Programs:
         def prepare(recipe: Recipe) -> Callable[[], jax.Array]:
             return self.program(shape, recipe).measured(inputs)
 
-        exact = EXACT if precision == "bfloat16" else self.exact()
-        return choose(precision, self._parameters, prepare, exact)
+        return choose(precision, self._parameters, prepare, self.exact(precision))
 
     def warm_up(self) -> None:
         """Choose for every size, compile side by side what was chosen, and drop the rest."""
@@ -203,15 +203,17 @@ class Programs:
             self._forward.lay_out(recipe.dtype, outputs_first=recipe.outputs_first, compile_with=compile_with)
         )
 
-    def exact(self) -> Recipe:
-        """How this model computes in float32 here: on CPUs with matrices as they are read fastest."""
+    def exact(self, precision: Precision) -> Recipe:
+        """How this model computes in float32 where `precision` is asked for.
+
+        With `auto`, on CPUs, with matrices as they are read fastest here. Set by hand it depends on no timing.
+        """
+        if precision != "auto":
+            return EXACT
         with self._choosing:
             if self._exact is None:
                 self._exact = EXACT._replace(outputs_first=self._transposed())
             return self._exact
-
-    def _exact_if_needed(self) -> Recipe:
-        return EXACT if self._precision == "bfloat16" else self.exact()
 
     def _transposed(self) -> bool:
         """Whether float32 matrices are laid out `[O, I]`: remembered, or measured."""
@@ -231,7 +233,7 @@ class Programs:
 
     def _choose_all(self) -> None:
         """Choose for all sizes: remembered, or measured, after the candidates have compiled together."""
-        exact = self._exact_if_needed()
+        exact = self.exact(self._precision)
         if known := unmeasured(self._precision, self._parameters, exact):
             self.choices |= dict.fromkeys(self._sizes, known)
             return

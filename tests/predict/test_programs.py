@@ -9,7 +9,7 @@ import pytest
 from predictors import make, requests
 
 from prime_jax.errors import PredictorError
-from prime_jax.predict import precision
+from prime_jax.predict import precision, programs
 from prime_jax.predict.precision import EXACT, Recipe
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.programs import Programs, _once
@@ -70,3 +70,16 @@ def test_weights_that_do_not_fit_are_not_available(monkeypatch: pytest.MonkeyPat
     told = predictor("auto", use_torch_compile=True).info()["precision"]
     assert {row["dtype"] for row in told.values()} == {EXACT.dtype}
     assert "bfloat16 is not available (MemoryError)" in told[1]["why"]
+
+
+def test_float32_set_by_hand_depends_on_no_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` takes float32 matrices as they are read fastest; evaluation and export ask for `float32`."""
+    monkeypatch.setattr(precision, "MEASURED_FROM", 0)
+    monkeypatch.setattr(programs, "MEASURED_FROM", 0)
+    monkeypatch.setattr(programs, "transposed_pays", lambda *_: True)
+    pinned = predictor()
+    pinned.predict(*requests(2))
+    assert pinned._programs.recipes == {EXACT}
+    free = predictor("auto")
+    assert free._programs.exact("auto") == EXACT._replace(outputs_first=True)
+    assert free._programs.choose(2, "float32").recipe == EXACT
