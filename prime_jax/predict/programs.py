@@ -232,19 +232,27 @@ class Programs:
         return pays
 
     def _choose_all(self) -> None:
-        """Choose for all sizes: remembered, or measured, after the candidates have compiled together."""
+        """Choose for all sizes: remembered, or measured, after the candidates have compiled together.
+
+        What an earlier request chose for its size stays: its program is in use.
+        """
         exact = self.exact(self._precision)
         if known := unmeasured(self._precision, self._parameters, exact):
-            self.choices |= dict.fromkeys(self._sizes, known)
+            self.choices = dict.fromkeys(self._sizes, known) | self.choices
             return
-        if remembered := self._remembered_choices(self._sizes):
+        if remembered := self._remembered_choices([size for size in self._sizes if size not in self.choices]):
             self.choices |= remembered
             return
         ends = dict.fromkeys((self._sizes[0], self._sizes[-1]))
         turns = self._config.max_context_length
-        candidates = [(size, turns, recipe) for size in ends for recipe in (exact, *half_recipes())]
+        open_ends = [size for size in ends if size not in self.choices]
+        candidates = [(size, turns, recipe) for size in open_ends for recipe in (exact, *half_recipes())]
         self._compile_all("Choosing the precision", candidates)
-        self.choices |= choose_all(self._sizes, partial(self.choose, precision=self._precision))
+
+        def choose_one(size: int) -> Choice:
+            return self.choices.get(size) or self.choose(size, self._precision)
+
+        self.choices = choose_all(self._sizes, choose_one) | self.choices
         self._remembered.write(self.choices)
 
     def _remembered_choices(self, sizes: Sequence[int]) -> dict[int, Choice]:

@@ -10,7 +10,7 @@ from predictors import make, requests
 
 from prime_jax.errors import PredictorError
 from prime_jax.predict import precision, programs
-from prime_jax.predict.precision import EXACT, Recipe
+from prime_jax.predict.precision import EXACT, Choice, Recipe
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.programs import Programs, _once
 
@@ -83,3 +83,26 @@ def test_float32_set_by_hand_depends_on_no_timing(monkeypatch: pytest.MonkeyPatc
     free = predictor("auto")
     assert free._programs.exact("auto") == EXACT._replace(outputs_first=True)
     assert free._programs.choose(2, "float32").recipe == EXACT
+
+
+def test_warming_up_keeps_what_an_earlier_request_chose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `info` says of a size is what its requests run, though the machine would now choose otherwise."""
+    monkeypatch.setattr(precision, "MEASURED_FROM", 0)
+    served = predictor("auto")
+    measured: list[int] = []
+
+    def choose(size: int, precision: str) -> Choice:
+        measured.append(size)
+        return Choice(EXACT if len(measured) == 1 else HALF, f"measurement {len(measured)}")
+
+    monkeypatch.setattr(served._programs, "choose", choose)
+    served.predict(*requests(2))
+    before = served._programs.fixed(2)
+    served.warmup()
+    assert measured == [2, 1]
+    assert {size: row["dtype"] for size, row in served.info()["precision"].items()} == {
+        1: "bfloat16",
+        2: "float32",
+    }
+    assert served._programs.fixed(2) is before
+    assert served._programs.recipes == {EXACT, HALF}
