@@ -252,7 +252,7 @@ class Predictor:
             nearest = next((size for size in self._buckets if size >= batch), self._buckets[-1])
             recipe = self._programs.choice(nearest).recipe
         else:
-            recipe = self._programs.choose(batch, precision).recipe
+            recipe = self._programs.choice_for(batch, precision).recipe
         with self._preparing:
             if (batch, recipe) not in self._session_programs:
                 weights = self._programs.weights(recipe)

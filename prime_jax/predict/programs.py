@@ -33,6 +33,7 @@ from prime_jax.predict.remembered import Remembered
 from prime_jax.progress import progress
 
 Shape = tuple[int, int]
+Key = tuple[int, int, Recipe]
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -115,10 +116,11 @@ class Programs:
         self._remembered = Remembered(model.config, precision)
         self._lock = threading.Lock()  # of the two dictionaries below; nobody waits for anything under it
         self._choosing = threading.RLock()
-        self._compiled: dict[tuple[int, int, Recipe], Future[Program]] = {}
+        self._compiled: dict[Key, Future[Program]] = {}
         self._weights: dict[tuple[str, bool], Future[Flat]] = {}
         self._exact: Recipe | None = None
         self._ready: dict[int, Program] = {}  # what a request of a fixed shape needs, without a lock
+        self._asked: dict[tuple[int, Precision], Choice] = {}  # for sessions
         self.choices: dict[int, Choice] = {}
 
     @property
@@ -162,10 +164,21 @@ class Programs:
                 known = unmeasured(self._precision, self._parameters, self.exact(self._precision))
                 known = known or self._remembered_choices((size,)).get(size)
                 if known is None:
+                    before = self._kept()
                     known = self.choose(size, self._precision)
+                    self._keep(before | {(size, self._config.max_context_length, known.recipe)})
                     self._remembered.write({size: known})
                 self.choices[size] = known
             return self.choices[size]
+
+    def choice_for(self, batch: int, precision: Precision) -> Choice:
+        """How a session of this batch computes with this `precision`; measured once where it must be."""
+        with self._choosing:
+            if (batch, precision) not in self._asked:
+                before = self._kept()
+                self._asked[batch, precision] = self.choose(batch, precision)
+                self._keep(before)
+            return self._asked[batch, precision]
 
     def choose(self, size: int, precision: Precision) -> Choice:
         """Choose a recipe for batches of this size, measuring where it must."""
@@ -185,10 +198,20 @@ class Programs:
         self._compile_all("Compiling the predictor", wanted)
         for size in self._sizes:
             self.fixed(size)
+        self._keep(wanted)
+
+    def _kept(self) -> set[Key]:
+        """Which programs are kept now."""
         with self._lock:
-            for key in set(self._compiled) - set(wanted):
+            return set(self._compiled)
+
+    def _keep(self, programs: Iterable[Key]) -> None:
+        """Drop all other programs, and the weights that nothing needs any more."""
+        with self._lock:
+            for key in set(self._compiled) - set(programs):
                 del self._compiled[key]
-            recipes = {choice.recipe for choice in self.choices.values()}
+            choices = (*self.choices.values(), *self._asked.values())
+            recipes = self.recipes | {choice.recipe for choice in choices}
             for layout in set(self._weights) - {(recipe.dtype, recipe.outputs_first) for recipe in recipes}:
                 del self._weights[layout]
 
@@ -206,7 +229,7 @@ class Programs:
     def exact(self, precision: Precision) -> Recipe:
         """How this model computes in float32 where `precision` is asked for.
 
-        With `auto`, on CPUs, with matrices as they are read fastest here. Set by hand it depends on no timing.
+        With `auto`, on CPUs, with matrices as they are read fastest. Set by hand it depends on no timing.
         """
         if precision != "auto":
             return EXACT
@@ -256,7 +279,7 @@ class Programs:
         self._remembered.write(self.choices)
 
     def _remembered_choices(self, sizes: Sequence[int]) -> dict[int, Choice]:
-        """The choices of an earlier start for these sizes, their programs compiled; none where one is missing.
+        """The choices of an earlier start for these sizes, their programs compiled; none where one lacks.
 
         What does not compile any more (another driver, less memory) is forgotten.
         """
@@ -271,7 +294,7 @@ class Programs:
             return {}
         return {size: remembered[size] for size in sizes}
 
-    def _compile_all(self, title: str, keys: Iterable[tuple[int, int, Recipe]]) -> None:
+    def _compile_all(self, title: str, keys: Iterable[Key]) -> None:
         """Compile side by side; what cannot be compiled says so to whoever asks for it."""
         missing = [key for key in keys if key not in self._compiled]
         if not missing:

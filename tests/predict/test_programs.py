@@ -33,9 +33,10 @@ def test_a_failure_is_not_kept(
     def fail(*_: Any) -> Any:
         raise failure
 
-    with monkeypatch.context() as failing, pytest.raises(failure):
+    with monkeypatch.context() as failing:
         failing.setattr(Programs, method, fail)
-        served.predict(*requests(1))
+        with pytest.raises(failure):
+            served.predict(*requests(1))
     np.testing.assert_array_equal(served.predict(*requests(1)), predictor().predict(*requests(1)))
 
 
@@ -106,3 +107,26 @@ def test_warming_up_keeps_what_an_earlier_request_chose(monkeypatch: pytest.Monk
     }
     assert served._programs.fixed(2) is before
     assert served._programs.recipes == {EXACT, HALF}
+
+
+def test_a_session_measures_once_and_keeps_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "MEASURED_FROM", 0)
+    measured: list[Any] = []
+    monkeypatch.setattr(precision, "_seconds", lambda run: (measured.append(run), 1.0)[1])
+    served = predictor("float32", use_torch_compile=True)
+    shapes = served._programs.shapes
+    first = served.session(3, precision="auto")
+    rounds = len(measured)
+    assert rounds > 0
+    assert served.session(3, precision="auto")._programs is first._programs
+    assert len(measured) == rounds
+    assert served._programs.shapes == shapes  # none for a batch of three
+    assert set(served._programs._weights) == {("float32", False)}  # bfloat16 was not worth it
+
+
+def test_a_first_request_drops_what_lost_the_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "MEASURED_FROM", 0)
+    monkeypatch.setattr(precision, "_seconds", lambda run: 1.0)
+    served = predictor("auto")
+    served.predict(*requests(2))
+    assert served._programs.recipes == {EXACT}

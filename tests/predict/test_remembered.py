@@ -141,7 +141,7 @@ def test_a_second_load_measures_nothing_and_compiles_what_it_serves(monkeypatch:
 def test_a_remembered_recipe_that_does_not_compile_any_more_is_measured_anew(
     ahead: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a change of driver; at load, and at the first request of a predictor that was not warmed up."""
+    """As after a change of driver; at load, and at the first request without a warm-up."""
     monkeypatch.setattr(programs, "transposed_pays", lambda *_: False)
     model = make(num_layers=1, use_torch_compile=False, max_batch_size=2)
     model.config = model.config.model_copy(update={"use_torch_compile": ahead})
