@@ -235,7 +235,6 @@ CONTENDERS: Mapping[str, Maker] = {
 }
 OURS = ("predict", "session")
 NOT_ON_CPU = (
-    "predict auto",
     "torch.compile bfloat16",
     "torch.compile max-autotune bfloat16",
     "CUDA-graphed eager bfloat16",

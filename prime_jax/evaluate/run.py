@@ -76,7 +76,7 @@ def evaluate_run(
         def searchable(embeddings: Rows) -> Corpus:
             return Corpus(embeddings, scope, opened.enter_context(open_index(index, embeddings, scope)))
 
-        predictor = load(run, precision="float32", encoder=encoder)  # the same figures on every machine
+        predictor = load(run, precision="float32", encoder=encoder)  # nothing depends on a timing
         wanted = tuple(dict.fromkeys((*_TUNING, split)))
         dataset, embedded, used, source = open_data(
             predictor, run, data, wanted, store=store, steering=steering

@@ -190,10 +190,14 @@ class Batcher:
     def _work(self) -> None:
         running: tuple[list[_Waiting], UnderWay] | None = None
         while True:
-            if running is not None and (running[1].ready() or not self._full()):
-                self._finish(*running)
-                running = None
-            batch = self._next()
+            batch = None
+            if running is not None:
+                batch = None if running[1].ready() else self._take_if_full()
+                if batch is None:
+                    self._finish(*running)
+                    running = None
+            if batch is None:
+                batch = self._next()  # may wait, so nothing is left unanswered here
             live = [waiting for waiting in batch if waiting.answer.set_running_or_notify_cancel()]
             started = self._begin(live) if live else None
             if running is not None:
@@ -202,10 +206,15 @@ class Batcher:
             if running is None and not batch:
                 return
 
-    def _full(self) -> bool:
-        """Whether a full batch waits: a smaller one would keep out those that come meanwhile."""
+    def _take_if_full(self) -> list[_Waiting] | None:
+        """A full batch, without waiting, or None: a smaller one would keep out those that come meanwhile."""
         with self._changed:
-            return len(self._queue) >= self._max_batch
+            self._drop_cancelled()
+            return self._take() if len(self._queue) >= self._max_batch else None
+
+    def _take(self) -> list[_Waiting]:
+        """The oldest requests of the queue; to be called with the lock held."""
+        return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
 
     def _next(self) -> list[_Waiting]:
         """The next batch, waiting for it; empty when the batcher is closed and nothing is left."""
@@ -217,7 +226,7 @@ class Batcher:
                 if left <= 0:
                     break
                 self._changed.wait(left)
-            return [self._queue.popleft() for _ in range(min(len(self._queue), self._max_batch))]
+            return self._take()
 
     def _begin(self, batch: list[_Waiting]) -> UnderWay | None:
         """Start one device call; where that fails already, the requests are answered one by one."""

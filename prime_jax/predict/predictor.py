@@ -91,9 +91,10 @@ class Predictor:
         model: The model, float32.
         config: Configuration of the run it comes from, or None for a bundle or a model in memory.
         facts: What its checkpoint says of itself, for `info`.
-        precision: `float32` is exact: a row's answer is the same in any batch, to 1e-5. `bfloat16` is faster
-            on most machines and moves predictions in the fourth digit. `auto` measures both for each batch
-            size at warm-up and takes the faster one; models under ten million parameters stay float32.
+        precision: `float32` is exact: a row's answer is the same in any batch, to 1e-5, and nothing about how
+            it is computed depends on a timing. `bfloat16` is faster on most machines and moves predictions in
+            the fourth digit. `auto` measures both for each batch size at warm-up, and how float32 matrices
+            should lie, and takes the fastest; models under ten million parameters stay float32.
         batch_sizes: Batches to compile for, besides the model's max_batch_size.
         target_head: Kernel `[E, E]` of a run whose targets were mapped by a trained head, or None.
         confidence: How far its predictions can be trusted, or None.
@@ -252,7 +253,7 @@ class Predictor:
             nearest = next((size for size in self._buckets if size >= batch), self._buckets[-1])
             recipe = self._programs.choice(nearest).recipe
         else:
-            recipe = self._programs.choose(batch, precision).recipe
+            recipe = self._programs.choice_for(batch, precision).recipe
         with self._preparing:
             if (batch, recipe) not in self._session_programs:
                 weights = self._programs.weights(recipe)

@@ -3,12 +3,14 @@
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
+from prime_jax.errors import PredictorError
 from prime_jax.models import Model
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.compiled import compile_ahead, compile_all
@@ -31,6 +33,7 @@ from prime_jax.predict.remembered import Remembered
 from prime_jax.progress import progress
 
 Shape = tuple[int, int]
+Key = tuple[int, int, Recipe]
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -113,10 +116,11 @@ class Programs:
         self._remembered = Remembered(model.config, precision)
         self._lock = threading.Lock()  # of the two dictionaries below; nobody waits for anything under it
         self._choosing = threading.RLock()
-        self._compiled: dict[tuple[int, int, Recipe], Future[Program]] = {}
+        self._compiled: dict[Key, Future[Program]] = {}
         self._weights: dict[tuple[str, bool], Future[Flat]] = {}
         self._exact: Recipe | None = None
         self._ready: dict[int, Program] = {}  # what a request of a fixed shape needs, without a lock
+        self._asked: dict[tuple[int, Precision], Choice] = {}  # for sessions
         self.choices: dict[int, Choice] = {}
 
     @property
@@ -150,19 +154,31 @@ class Programs:
     def as_requested(self, shape: Shape) -> Program:
         """The program of exactly this shape; nothing is measured: it is what was asked for, or exact."""
         half = self._precision == "bfloat16"
-        return self.program(shape, self.choice(self._sizes[-1]).recipe if half else self.exact())
+        recipe = self.choice(self._sizes[-1]).recipe if half else self.exact(self._precision)
+        return self.program(shape, recipe)
 
     def choice(self, size: int) -> Choice:
         """How batches of this size are computed, chosen once."""
         with self._choosing:
             if size not in self.choices:
-                known = unmeasured(self._precision, self._parameters, self._exact_if_needed())
-                known = known or self._remembered.read().get(size)
+                known = unmeasured(self._precision, self._parameters, self.exact(self._precision))
+                known = known or self._remembered_choices((size,)).get(size)
                 if known is None:
+                    before = self._kept()
                     known = self.choose(size, self._precision)
+                    self._keep(before | {(size, self._config.max_context_length, known.recipe)})
                     self._remembered.write({size: known})
                 self.choices[size] = known
             return self.choices[size]
+
+    def choice_for(self, batch: int, precision: Precision) -> Choice:
+        """How a session of this batch computes with this `precision`; measured once where it must be."""
+        with self._choosing:
+            if (batch, precision) not in self._asked:
+                before = self._kept()
+                self._asked[batch, precision] = self.choose(batch, precision)
+                self._keep(before)
+            return self._asked[batch, precision]
 
     def choose(self, size: int, precision: Precision) -> Choice:
         """Choose a recipe for batches of this size, measuring where it must."""
@@ -172,8 +188,7 @@ class Programs:
         def prepare(recipe: Recipe) -> Callable[[], jax.Array]:
             return self.program(shape, recipe).measured(inputs)
 
-        exact = EXACT if precision == "bfloat16" else self.exact()
-        return choose(precision, self._parameters, prepare, exact)
+        return choose(precision, self._parameters, prepare, self.exact(precision))
 
     def warm_up(self) -> None:
         """Choose for every size, compile side by side what was chosen, and drop the rest."""
@@ -183,11 +198,22 @@ class Programs:
         self._compile_all("Compiling the predictor", wanted)
         for size in self._sizes:
             self.fixed(size)
+        self._keep(wanted)
+
+    def _kept(self) -> set[Key]:
+        """Which programs are kept now."""
         with self._lock:
-            recipes = {choice.recipe for choice in self.choices.values()}
-            self._compiled = {key: kept for key, kept in self._compiled.items() if key in wanted}
-            used = {(recipe.dtype, recipe.outputs_first) for recipe in recipes}
-            self._weights = {key: kept for key, kept in self._weights.items() if key in used}
+            return set(self._compiled)
+
+    def _keep(self, programs: Iterable[Key]) -> None:
+        """Drop all other programs, and the weights that nothing needs any more."""
+        with self._lock:
+            for key in set(self._compiled) - set(programs):
+                del self._compiled[key]
+            choices = (*self.choices.values(), *self._asked.values())
+            recipes = self.recipes | {choice.recipe for choice in choices}
+            for layout in set(self._weights) - {(recipe.dtype, recipe.outputs_first) for recipe in recipes}:
+                del self._weights[layout]
 
     def weights(self, recipe: Recipe) -> Flat:
         """The weights for a recipe, as arguments of a program."""
@@ -200,15 +226,17 @@ class Programs:
             self._forward.lay_out(recipe.dtype, outputs_first=recipe.outputs_first, compile_with=compile_with)
         )
 
-    def exact(self) -> Recipe:
-        """How this model computes in float32 here: on CPUs with matrices as they are read fastest."""
+    def exact(self, precision: Precision) -> Recipe:
+        """How this model computes in float32 where `precision` is asked for.
+
+        With `auto`, on CPUs, with matrices as they are read fastest. Set by hand it depends on no timing.
+        """
+        if precision != "auto":
+            return EXACT
         with self._choosing:
             if self._exact is None:
                 self._exact = EXACT._replace(outputs_first=self._transposed())
             return self._exact
-
-    def _exact_if_needed(self) -> Recipe:
-        return EXACT if self._precision == "bfloat16" else self.exact()
 
     def _transposed(self) -> bool:
         """Whether float32 matrices are laid out `[O, I]`: remembered, or measured."""
@@ -227,40 +255,60 @@ class Programs:
         return pays
 
     def _choose_all(self) -> None:
-        """Choose for all sizes: remembered, or measured, after the candidates have compiled together."""
-        exact = self._exact_if_needed()
+        """Choose for all sizes: remembered, or measured, after the candidates have compiled together.
+
+        What an earlier request chose for its size stays: its program is in use.
+        """
+        exact = self.exact(self._precision)
         if known := unmeasured(self._precision, self._parameters, exact):
-            self.choices |= dict.fromkeys(self._sizes, known)
+            self.choices = dict.fromkeys(self._sizes, known) | self.choices
             return
-        remembered = self._remembered.read()
-        if all(size in remembered for size in self._sizes):
-            self.choices |= {size: remembered[size] for size in self._sizes}
+        if remembered := self._remembered_choices([size for size in self._sizes if size not in self.choices]):
+            self.choices |= remembered
             return
         ends = dict.fromkeys((self._sizes[0], self._sizes[-1]))
         turns = self._config.max_context_length
-        candidates = [(size, turns, recipe) for size in ends for recipe in (exact, *half_recipes())]
+        open_ends = [size for size in ends if size not in self.choices]
+        candidates = [(size, turns, recipe) for size in open_ends for recipe in (exact, *half_recipes())]
         self._compile_all("Choosing the precision", candidates)
-        self.choices |= choose_all(self._sizes, partial(self.choose, precision=self._precision))
+
+        def choose_one(size: int) -> Choice:
+            return self.choices.get(size) or self.choose(size, self._precision)
+
+        self.choices = choose_all(self._sizes, choose_one) | self.choices
         self._remembered.write(self.choices)
 
-    def _compile_all(self, title: str, keys: Iterable[tuple[int, int, Recipe]]) -> None:
+    def _remembered_choices(self, sizes: Sequence[int]) -> dict[int, Choice]:
+        """The choices of an earlier start for these sizes, their programs compiled; none where one lacks.
+
+        What does not compile any more (another driver, less memory) is forgotten.
+        """
+        remembered = self._remembered.read()
+        if any(size not in remembered for size in sizes):
+            return {}
+        turns = self._config.max_context_length
+        keys = [(size, turns, remembered[size].recipe) for size in sizes]
+        self._compile_all("Compiling the predictor", keys)
+        if any(key not in self._compiled for key in keys):
+            self._remembered.forget()
+            return {}
+        return {size: remembered[size] for size in sizes}
+
+    def _compile_all(self, title: str, keys: Iterable[Key]) -> None:
         """Compile side by side; what cannot be compiled says so to whoever asks for it."""
         missing = [key for key in keys if key not in self._compiled]
+        if not missing:
+            return
         for recipe in dict.fromkeys(recipe for _, _, recipe in missing):
-            self.weights(recipe)
+            with suppress(Exception):  # a copy that does not fit, for instance
+                self.weights(recipe)
         with progress(title, len(missing), "programs") as step:
             jobs = [partial(self._compile, (batch, turns), recipe) for batch, turns, recipe in missing]
             compile_all(jobs, lambda: step(1))
 
     def program(self, shape: Shape, recipe: Recipe) -> Program:
-        """The compiled forward pass for one shape. An error is raised once; the next call tries again."""
-        future = self._compile(shape, recipe)
-        try:
-            return future.result()
-        except Exception:
-            with self._lock:
-                self._compiled.pop((*shape, recipe), None)
-            raise
+        """The compiled forward pass for one shape. After an error the next call tries again."""
+        return self._compile(shape, recipe).result()
 
     def _compile(self, shape: Shape, recipe: Recipe) -> "Future[Program]":
         """Compile, or wait for whoever compiles the same."""
@@ -296,16 +344,26 @@ def packing_for(config: Any, shape: Shape, recipe: Recipe) -> Packing:
 
 
 def _once(lock: threading.Lock, kept: dict[K, "Future[T]"], key: K, make: Callable[[], T]) -> "Future[T]":
-    """What `make` gives, made by the first who asks; the others wait. An error is for all who ask."""
+    """What `make` gives, made by the first who asks; the others wait.
+
+    An error is for those who wait at that moment and is not kept: who asks later tries again. What ends more
+    than this call, Ctrl-C for instance, is raised here only; who waits gets a PredictorError.
+    """
     mine: Future[T] = Future()
     with lock:
         future = kept.setdefault(key, mine)
     if future is not mine:
         return future
     try:
-        mine.set_result(make())
+        made = make()
     except BaseException as failed:
-        mine.set_exception(failed)
-        if not isinstance(failed, Exception):
-            raise
+        with lock:
+            if kept.get(key) is mine:
+                del kept[key]
+        if isinstance(failed, Exception):
+            mine.set_exception(failed)
+            return mine
+        mine.set_exception(PredictorError("another thread was interrupted while it compiled this; try again"))
+        raise
+    mine.set_result(made)
     return mine

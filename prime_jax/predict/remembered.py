@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -39,6 +40,8 @@ class Remembered:
             "prime_jax": __version__,
             "jax": jax.__version__,
             "device": str(jax.devices()[0].device_kind),
+            "platform": str(jax.devices()[0].client.platform_version),  # on GPUs CUDA's version among others
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "model": json.loads(config.model_dump_json(exclude=_NOT_ITS_SHAPE)),
             "precision": precision,
@@ -72,6 +75,12 @@ class Remembered:
             write_json(self.file, {"format": FORMAT, "key": self._key, "choices": entries})
         except OSError:  # a full disk, for instance: the next start measures again
             return
+
+    def forget(self) -> None:
+        """Remember none of these choices any more, where that is possible."""
+        if self.file is not None:
+            with suppress(OSError):
+                self.file.unlink(missing_ok=True)
 
 
 def _choice(entry: dict[str, Any]) -> Choice:

@@ -332,3 +332,27 @@ def test_an_error_of_one_call_does_not_touch_the_next() -> None:
             else:
                 assert future.result(30)[0] == 2 * value
     assert batch.stats().requests == 6
+
+
+def test_requests_cancelled_while_the_device_is_busy_do_not_hold_back_its_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A batch that is full when the worker looks, and gone when it goes to wait for one."""
+    queue = Queue()
+    queue.copied.clear()
+    with overlapping(queue, max_batch=2) as batch:
+        futures = [ask(batch, 1)]
+        assert queue.begun.acquire(timeout=30)
+        futures += [ask(batch, 2), ask(batch, 3)]
+        wait_for_next = batch._next
+
+        def gone() -> Any:
+            for future in futures[1:]:
+                future.cancel()
+            batch.stats()  # cancelled requests leave the queue
+            return wait_for_next()
+
+        monkeypatch.setattr(batch, "_next", gone)
+        queue.copied.set()
+        queue.go.release(10)
+        assert futures[0].result(10)[0] == 2

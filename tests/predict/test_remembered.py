@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import pytest
 from jax import monitoring
-from predictors import make
+from predictors import D, make, requests
 
 from prime_jax.predict import precision, programs
 from prime_jax.predict.compiled import FOLDER
@@ -44,7 +44,7 @@ def test_what_was_written_is_read_by_the_same_kind_of_model_only() -> None:
     assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
 
 
-@pytest.mark.parametrize("name", ["jax", "prime_jax", "device", "cores"])
+@pytest.mark.parametrize("name", ["jax", "prime_jax", "device", "cores", "platform", "xla_flags"])
 def test_another_version_or_device_measures_again(name: str) -> None:
     remembered().write(CHOICES)
     file = remembered().file
@@ -135,6 +135,32 @@ def test_a_second_load_measures_nothing_and_compiles_what_it_serves(monkeypatch:
     assert second.measured == []
     assert again.info()["precision"] == loaded.info()["precision"]
     assert again.info()["precision"][2]["why"] == "as for batches of 1 and 4"
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_a_remembered_recipe_that_does_not_compile_any_more_is_measured_anew(
+    ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a change of driver; at load, and at the first request without a warm-up."""
+    monkeypatch.setattr(programs, "transposed_pays", lambda *_: False)
+    model = make(num_layers=1, use_torch_compile=False, max_batch_size=2)
+    model.config = model.config.model_copy(update={"use_torch_compile": ahead})
+    kept = Remembered(model.config, "auto")
+    kept.write(dict.fromkeys((1, 2), Choice(HALF, "measured: then")))
+    make_program = Programs._make
+
+    def refuse(self: Programs, shape: Any, recipe: Recipe) -> Any:
+        if recipe == HALF:
+            raise RuntimeError("no such kernel")
+        return make_program(self, shape, recipe)
+
+    monkeypatch.setattr(Programs, "_make", refuse)
+    served = Predictor.from_model(model, batch_sizes=(1,))
+    assert served.predict(*requests(2)).shape == (2, D)
+    choice = served._programs.choices[2]
+    assert choice.recipe == EXACT
+    assert "bfloat16 is not available (RuntimeError)" in choice.why
+    assert kept.read()[2] == choice
 
 
 def test_a_second_load_takes_every_program_from_the_folder(monkeypatch: pytest.MonkeyPatch) -> None:
