@@ -56,7 +56,7 @@ def verify(bundle: Path) -> dict[str, Any]:
         file = bundle / name
         if Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise BundleError(f"{where}: the path {name!r} leaves the folder")
-        if not file.is_file() or _sha256(file) != facts["sha256"]:
+        if not file.is_file() or file_sha256(file) != facts["sha256"]:
             raise BundleError(f"{file}: missing or damaged")
     return dict(manifest)
 
@@ -87,7 +87,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """The arrays of a safetensors file; the package `safetensors` does the same."""
     import numpy as np
 
-    types = {"F32": np.float32, "BOOL": np.bool_, "U8": np.uint8}
+    types = {"F32": np.float32, "F16": np.float16, "BOOL": np.bool_, "U8": np.uint8}
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
@@ -119,6 +119,7 @@ def checked(embeddings: Any) -> Any:
     return embeddings
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """SHA-256 of a file, in hex."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from bundle_files import BundleError, checked, onnx_file, read_safetensors, torch_runtime, verify
+from bundle_files import (
+    BundleError,
+    checked,
+    file_sha256,
+    onnx_file,
+    read_safetensors,
+    torch_runtime,
+    verify,
+)
 from qdrant_client import QdrantClient, models
 from qdrant_client.http.exceptions import ApiException
 
@@ -47,10 +55,15 @@ class Embeddings:
             raise BundleError(
                 f"{home}: no embeddings of {encoder}; run: prime-jax encode --data {folder.parent}"
             )
-        index = json.loads((home / "index.json").read_text())
-        shards = [read_safetensors(home / shard["file"]) for shard in index["shards"]]
-        self.vectors = np.concatenate([shard["embeddings"] for shard in shards])
-        keys = np.concatenate([shard["keys"] for shard in shards])
+        try:
+            shards = json.loads((home / "index.json").read_text("utf-8"))["shards"]
+            parts = [read_shard(home, shard["file"], shard["sha256"]) for shard in shards]
+        except (ValueError, KeyError, TypeError) as broken:
+            raise BundleError(f"{home / 'index.json'}: not the index of a store ({broken!r})") from None
+        if not parts:
+            raise BundleError(f"{home}: holds no embeddings; run: prime-jax encode --data {folder.parent}")
+        self.vectors = np.concatenate([vectors for vectors, _ in parts])
+        keys = np.concatenate([keys for _, keys in parts])
         self.row = {key.tobytes(): row for row, key in enumerate(keys)}
 
     def of(self, texts: list[str]) -> Any:
@@ -61,6 +74,24 @@ class Embeddings:
             return self.vectors[[self.row[sha256(text.encode()).digest()[:16]] for text in texts]]
         except KeyError:
             raise BundleError("the store lacks the embedding of a text; run prime-jax encode again") from None
+
+
+def read_shard(home: Path, name: str, digest: str) -> tuple[Any, Any]:
+    """Embeddings `[n, D]`, float32, and keys `[n, 16]` of one file of a store.
+
+    Raises:
+        BundleError: If it lies elsewhere, is missing or not as the index says, or holds NaN or Inf.
+    """
+    file = home / name
+    if not re.fullmatch(r"shard-\d{5,}\.safetensors", name):
+        raise BundleError(f"{home / 'index.json'}: {name!r} is no shard of this store")
+    if not file.is_file() or file_sha256(file) != digest:
+        raise BundleError(f"{file}: missing or damaged, its SHA-256 is not that of index.json")
+    shard = read_safetensors(file)
+    wrong = np.flatnonzero(~np.isfinite(shard["embeddings"]).all(axis=1))
+    if wrong.size:
+        raise BundleError(f"{file}: row {wrong[0]} holds NaN or Inf")
+    return shard["embeddings"].astype(np.float32, copy=False), shard["keys"]
 
 
 def onnx_predictor(bundle: Path, manifest: dict[str, Any], precision: str) -> Any:

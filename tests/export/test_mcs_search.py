@@ -1,21 +1,25 @@
 """The memory store that searches with predictions: ten thousand memories, no JAX, as an exact search."""
 
+import importlib
 import json
 import os
 import re
 import shutil
 import uuid
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
 import fakes
 import numpy as np
 import pytest
-from consumers import consume
+from consumers import SCRIPTS, consume
 from predictors import make
+from safetensors.numpy import load_file, save_file
 
 import prime_jax
 from prime_jax.data.prepare import prepare
+from prime_jax.data.store import EmbeddingStore
 from prime_jax.export.bundle import write_bundle
 from prime_jax.files import write_text
 from prime_jax.retrieval.topk import search
@@ -122,6 +126,56 @@ def test_scopes_keep_memories_apart(small: Setup, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "20 of 20 answers equal an exact search" in done.stdout
     assert re.search(r"^prediction +\S+ +100.0%", done.stdout, re.MULTILINE)
+
+
+SHARD = "shard-00000.safetensors"
+
+
+def spoil(store: Path, kind: str) -> None:
+    """Change a shard, or what the index says of it."""
+    index = json.loads((store / "index.json").read_text())
+    (facts,) = index["shards"]
+    if kind == "byte":
+        whole = bytearray((store / SHARD).read_bytes())
+        whole[-1] ^= 1
+        (store / SHARD).write_bytes(whole)
+    elif kind == "nan":
+        arrays = load_file(store / SHARD)
+        arrays["embeddings"][1, 2] = np.nan
+        save_file(arrays, store / SHARD)
+        facts["sha256"] = sha256((store / SHARD).read_bytes()).hexdigest()
+    elif kind == "path":
+        shutil.copy(store / SHARD, store.parent.parent / SHARD)
+        facts["file"] = f"../../{SHARD}"
+    else:
+        del facts["sha256"]
+    write_text(store / "index.json", json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("byte", r"shard-00000\.safetensors: missing or damaged"),
+        ("nan", r"shard-00000\.safetensors: row 1 holds NaN or Inf"),
+        ("path", r"index\.json: '\.\./\.\./shard-00000\.safetensors' is no shard of this store"),
+        ("index", r"index\.json: not the index of a store \(KeyError\('sha256'\)\)"),
+    ],
+)
+def test_embeddings_are_those_that_were_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    read = importlib.import_module("mcs_search").Embeddings
+    texts = ["one", "two", "one two"]
+    for dtype in ("float16", "float32"):
+        store = EmbeddingStore.open(tmp_path / dtype, fakes.encoder().identity, fakes.DIM, dtype)
+        store.add(texts, fakes.encoder().encode(texts))
+        found = read(tmp_path / dtype, fakes.encoder().identity).of(texts[::-1])
+        assert found.dtype == np.float32
+        np.testing.assert_array_equal(found, store[store.rows(texts[::-1])])
+    spoil(store.folder, kind)
+    with pytest.raises(Exception, match=message):
+        read(tmp_path / "float32", fakes.encoder().identity)
 
 
 def test_what_is_missing_or_damaged_is_named(small: Setup, tmp_path: Path) -> None:
