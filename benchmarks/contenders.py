@@ -98,20 +98,33 @@ def _predict(precision: Any, folder: Path, batches: tuple[int, ...], wait: Wait)
     )
 
 
-def _bare_program(predictor: Any, inputs: tuple[np.ndarray, np.ndarray], runs: int) -> float:
-    """Seconds of one run of the compiled program that answers such a batch, all of it on the device."""
+def bare_call(predictor: Any, inputs: tuple[np.ndarray, np.ndarray]) -> Callable[[], Any]:
+    """A call of the predictor's own program for such a batch, its packed input on the device already.
+
+    Args:
+        predictor: A `Predictor`.
+        inputs: Turns `[B, N, D]`, all of them real, and queries `[B, D]`.
+
+    Returns:
+        Starts one run; what comes back can be waited for.
+    """
     import jax
 
-    batch, mask = len(inputs[1]), np.ones(inputs[0].shape[:2], bool)
-    program = predictor._programs.fixed(batch)
+    program = predictor._programs.fixed(len(inputs[1]))
     packed = program.packing.buffer()
-    program.packing.pack(packed, *inputs, mask)
-    run, arguments = program._run, (jax.device_put(packed), *program._weights)
-    jax.block_until_ready(run(*arguments))
+    program.packing.pack(packed, *inputs, np.ones(inputs[0].shape[:2], bool))
+    arguments = (jax.device_put(packed), *program._weights)
+    return lambda: program._run(*arguments)
+
+
+def _bare_program(predictor: Any, inputs: tuple[np.ndarray, np.ndarray], runs: int) -> float:
+    """Seconds of one run of the compiled program that answers such a batch, all of it on the device."""
+    run = bare_call(predictor, inputs)
+    run().block_until_ready()
     started = time.perf_counter()
     for _ in range(runs):
-        answer = run(*arguments)
-    jax.block_until_ready(answer)
+        answer = run()
+    answer.block_until_ready()
     return (time.perf_counter() - started) / runs
 
 

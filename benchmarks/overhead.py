@@ -3,13 +3,13 @@
     python -m benchmarks.overhead --out benchmarks/results/overhead_cpu.json [--tiny]
 
 A model of one layer, 128 wide, float32, batch 1, so that the device has next to nothing to do. Timed in turns
-with the bare program (the forward pass, compiled by `jax.jit`, its weights and inputs on the device already):
+with the bare program (the one that `predict` runs, its packed input on the device already):
 `predict`, a session's `predict`, and the round trip through a batcher that waits for nobody. The time on the
 wall is a median over all calls. The time of the processors, all threads of the process, is a mean, and says
 the same on a machine that does other things meanwhile. The file is written after each round.
 
-It uses public names only, so PYTHONPATH may point at another version of the library; `--label` says which one
-and `--out` may name a file that holds other labels already.
+`--label` says which version of the library is timed, and `--out` may name a file that holds other labels
+already.
 """
 
 import argparse
@@ -19,16 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from rich.table import Table
 
 from benchmarks.common import facts
+from benchmarks.contenders import bare_call
 from prime_jax.files import read_json, write_json
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
-from prime_jax.predict.passes import forward_pass
 from prime_jax.predict.predictor import Predictor
 from prime_jax.progress import console, progress
 
@@ -52,9 +50,7 @@ def calls(predictor: Predictor, close: list[Callable[[], None]]) -> dict[str, Ca
     context = random.normal(size=(CONFIG.max_context_length, CONFIG.input_dim)).astype(np.float32)
     query = random.normal(size=CONFIG.input_dim).astype(np.float32)
     mask = np.ones(len(context), bool)
-    forward = forward_pass(predictor.model)
-    weights, bare = forward.lay_out("float32"), jax.jit(forward.program("float32", "float32"))
-    inputs = [jnp.asarray(array[None]) for array in (context, query, mask)]
+    bare = bare_call(predictor, (context[None], query[None]))
     session = predictor.session()
     for turn in context:
         session.append(turn)
@@ -62,7 +58,7 @@ def calls(predictor: Predictor, close: list[Callable[[], None]]) -> dict[str, Ca
     batcher = predictor.batcher(max_delay_ms=0.0, max_batch=1)
     close.append(batcher.close)
     return {
-        BARE: lambda: bare(weights, *inputs).block_until_ready(),
+        BARE: lambda: bare().block_until_ready(),
         "predict": lambda: predictor.predict(context, query, mask),
         "session predict": lambda: session.predict(query),
         "batcher round trip": lambda: batcher.predict(context, query, mask),

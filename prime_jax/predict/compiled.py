@@ -10,7 +10,7 @@ import logging
 import os
 import platform
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import cache
@@ -53,7 +53,18 @@ def compile_ahead(
     """Compile `function` for the shapes of `arguments`, or take the program from an earlier start.
 
     Several threads may compile at once. What comes back is called by JAX's C++ dispatch and refuses every
-    other shape, so nothing is compiled behind a caller's back.
+    other shape, so nothing is compiled behind a caller's back. Arguments as `trace_ahead`'s.
+    """
+    return trace_ahead(function, *arguments, mode=mode, donate=donate)()
+
+
+def trace_ahead(
+    function: Callable[..., Any], *arguments: Any, mode: str, donate: tuple[int, ...] = ()
+) -> Callable[[], Callable[..., Any]]:
+    """The first half of `compile_ahead`, which gives the second, to be called in any thread.
+
+    JAX's settings of the calling thread (`jax.default_device`, for instance) hold for the program; those of
+    the thread that compiles do not matter.
 
     Args:
         function: What to compile.
@@ -65,8 +76,12 @@ def compile_ahead(
     options = dict(COMPILER_OPTIONS[mode])
     if mode != "default" and jax.default_backend() == "gpu":
         options |= GPU_OPTIONS
-    with kept(cache_folder()):
-        return _compile(lowered, options)
+
+    def finish() -> Callable[..., Any]:
+        with kept(cache_folder()):
+            return _compile(lowered, options)
+
+    return finish
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> Callable[..., Any]:
@@ -84,14 +99,15 @@ def _compile(lowered: Any, options: dict[str, Any]) -> Callable[..., Any]:
             return program
 
 
-def compile_all(jobs: Sequence[Callable[[], Any]], done: Callable[[], None]) -> None:
+def compile_all(jobs: Iterable[Callable[[], Any]], done: Callable[[], None]) -> None:
     """Run jobs that compile, side by side: XLA compiles outside Python's lock.
 
     Args:
-        jobs: Each compiles something and keeps it, its error too.
+        jobs: Each compiles something and keeps it, its error too. An iterator is asked on the calling thread
+            while the first jobs run already: the place for `trace_ahead`.
         done: Called after each job.
     """
-    with kept(cache_folder()), ThreadPoolExecutor(min(max(len(jobs), 1), os.cpu_count() or 1)) as pool:
+    with kept(cache_folder()), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for finished in as_completed([pool.submit(job) for job in jobs]):
             finished.result()
             done()

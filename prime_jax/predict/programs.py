@@ -1,7 +1,7 @@
 """A predictor's compiled programs: one for each batch size, how it computes, the weights it reads."""
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -13,7 +13,7 @@ import numpy as np
 from prime_jax.errors import PredictorError
 from prime_jax.models import Model
 from prime_jax.models.prime import PredictorConfig
-from prime_jax.predict.compiled import compile_ahead, compile_all
+from prime_jax.predict.compiled import compile_ahead, compile_all, trace_ahead
 from prime_jax.predict.inputs import Vectors, sample
 from prime_jax.predict.packing import Flat, Packing, flat, sound_input, with_state
 from prime_jax.predict.passes import forward_pass
@@ -295,26 +295,30 @@ class Programs:
         return {size: remembered[size] for size in sizes}
 
     def _compile_all(self, title: str, keys: Iterable[Key]) -> None:
-        """Compile side by side; what cannot be compiled says so to whoever asks for it."""
+        """Compile side by side, traced on this thread, whose settings of JAX count.
+
+        What cannot be traced or compiled says so to whoever asks for it.
+        """
         missing = [key for key in keys if key not in self._compiled]
         if not missing:
             return
-        for recipe in dict.fromkeys(recipe for _, _, recipe in missing):
-            with suppress(Exception):  # a copy that does not fit, for instance
-                self.weights(recipe)
         with progress(title, len(missing), "programs") as step:
-            jobs = [partial(self._compile, (batch, turns), recipe) for batch, turns, recipe in missing]
-            compile_all(jobs, lambda: step(1))
+            compile_all(self._jobs(missing), lambda: step(1))
+
+    def _jobs(self, keys: Iterable[Key]) -> Iterator[Callable[[], Any]]:
+        """What compiles these programs, each traced when it is asked for."""
+        for key in keys:
+            with suppress(Exception):  # weights that do not fit, or no such kernel
+                yield partial(_once, self._lock, self._compiled, key, self._traced(key))
 
     def program(self, shape: Shape, recipe: Recipe) -> Program:
         """The compiled forward pass for one shape. After an error the next call tries again."""
-        return self._compile(shape, recipe).result()
+        key = (*shape, recipe)
+        return _once(self._lock, self._compiled, key, lambda: self._traced(key)()).result()
 
-    def _compile(self, shape: Shape, recipe: Recipe) -> "Future[Program]":
-        """Compile, or wait for whoever compiles the same."""
-        return _once(self._lock, self._compiled, (*shape, recipe), partial(self._make, shape, recipe))
-
-    def _make(self, shape: Shape, recipe: Recipe) -> Program:
+    def _traced(self, key: Key) -> Callable[[], Program]:
+        """A program ready to be compiled, in any thread."""
+        shape, recipe = key[:2], key[2]
         weights = self.weights(recipe)
         packing = packing_for(self._config, shape, recipe)
         forward = self._forward.program(recipe.attention, recipe.dtype)
@@ -324,8 +328,8 @@ class Programs:
             answer = forward(weights.restore(*arguments), context, query, mask)
             return with_state(answer, sound_input(context, query, mask))
 
-        run = compile_ahead(predict, packing.shape(), *weights.arguments, mode=self._config.compile_mode)
-        return Program(packing, run, weights.arguments)
+        run = trace_ahead(predict, packing.shape(), *weights.arguments, mode=self._config.compile_mode)
+        return lambda: Program(packing, run(), weights.arguments)
 
 
 def packing_for(config: Any, shape: Shape, recipe: Recipe) -> Packing:

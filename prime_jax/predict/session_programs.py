@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.models.prime import PredictorConfig
-from prime_jax.predict.compiled import compile_ahead, compile_all
+from prime_jax.predict.compiled import compile_ahead, compile_all, trace_ahead
 from prime_jax.predict.forward import Cache, advance, empty_cache
 from prime_jax.predict.packing import Flat, sound_input, with_state
 from prime_jax.predict.precision import Recipe
@@ -50,8 +50,8 @@ class SessionPrograms:
         self._advance: dict[int, Program] = {}
         cache = jax.eval_shape(partial(empty_cache, config, batch))
 
-        def compile_for(new: int) -> None:
-            self._advance[new] = compile_ahead(
+        def traced(new: int) -> Callable[[], None]:
+            compiled = trace_ahead(
                 _advance_packed(config, weights, recipe, new),
                 cache,
                 jax.ShapeDtypeStruct((batch, (new + 1) * config.input_dim + 2), jnp.float32),
@@ -59,12 +59,13 @@ class SessionPrograms:
                 mode=config.compile_mode,
                 donate=(0,),
             )
+            return lambda: self._advance.update({new: compiled()})
 
         counts = new_turn_counts(config)
         with progress("Compiling the session", len(counts) + 1, "programs") as step:
             self._empty = compile_ahead(partial(empty_cache, config, batch), mode="default")
             step(1)
-            compile_all([partial(compile_for, new) for new in counts], lambda: step(1))
+            compile_all((traced(new) for new in counts), lambda: step(1))
 
     def empty(self) -> Cache:
         """A cache without turns."""

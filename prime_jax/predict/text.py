@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -189,7 +188,7 @@ class TextPath:
         if self._x is not None:
             forward = forward_pass(predictor.model)
             self._weights = (self._x.params, forward.lay_out("float32"))
-            graph, pooling = self._x.structure(jnp.float32), self._x.pooling
+            graph, pooling = self._x.graph, self._x.pooling  # its own precision: what its identity names
             predict = forward.program("float32", "float32")
             self._run = jax.jit(partial(_from_tokens, graph=graph, pooling=pooling, predict=predict))
 

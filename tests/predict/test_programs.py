@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import Future
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from predictors import make, requests
@@ -22,7 +23,7 @@ def predictor(kind: Any = "float32", **fields: Any) -> Predictor:
     return Predictor.from_model(model, precision=kind, batch_sizes=(1,))
 
 
-@pytest.mark.parametrize("method", ["_make", "_lay_out"])
+@pytest.mark.parametrize("method", ["_traced", "_lay_out"])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, MemoryError])
 def test_a_failure_is_not_kept(
     method: str, failure: type[BaseException], monkeypatch: pytest.MonkeyPatch
@@ -130,3 +131,17 @@ def test_a_first_request_drops_what_lost_the_measurement(monkeypatch: pytest.Mon
     served = predictor("auto")
     served.predict(*requests(2))
     assert served._programs.recipes == {EXACT}
+
+
+def test_programs_run_on_the_device_of_the_thread_that_asks_for_them() -> None:
+    """Though other threads compile them: `jax.default_device` is a setting of one thread."""
+    chosen = jax.devices()[1]
+    with jax.default_device(chosen):
+        served = predictor(use_torch_compile=True, context_attention="causal")
+        answer = served._programs.fixed(1).start(*requests(1))._answer
+        session = served.session()
+        assert answer.devices() == {chosen}
+        assert {leaf.device for leaf in jax.tree.leaves(session._programs.empty())} == {chosen}
+        programs = session._programs._advance.values()
+        placed = [jax.tree.leaves(program.output_shardings) for program in programs]
+        assert {device for leaves in placed for leaf in leaves for device in leaf.device_set} == {chosen}

@@ -98,17 +98,17 @@ class Counted:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[int, Recipe]] = []
         self.measured: list[int] = []
-        make_program, choose = Programs._make, programs.choose
+        traced, choose = Programs._traced, programs.choose
 
-        def count_made(kept: Programs, shape: Any, recipe: Recipe) -> Any:
-            self.made.append((shape[0], recipe))
-            return make_program(kept, shape, recipe)
+        def count_made(kept: Programs, key: Any) -> Any:
+            self.made.append((key[0], key[2]))
+            return traced(kept, key)
 
         def count_measured(*arguments: Any) -> Choice:
             self.measured.append(1)
             return choose(*arguments)
 
-        monkeypatch.setattr(Programs, "_make", count_made)
+        monkeypatch.setattr(Programs, "_traced", count_made)
         monkeypatch.setattr(programs, "choose", count_measured)
 
 
@@ -147,14 +147,14 @@ def test_a_remembered_recipe_that_does_not_compile_any_more_is_measured_anew(
     model.config = model.config.model_copy(update={"use_torch_compile": ahead})
     kept = Remembered(model.config, "auto")
     kept.write(dict.fromkeys((1, 2), Choice(HALF, "measured: then")))
-    make_program = Programs._make
+    traced = Programs._traced
 
-    def refuse(self: Programs, shape: Any, recipe: Recipe) -> Any:
-        if recipe == HALF:
+    def refuse(self: Programs, key: Any) -> Any:
+        if key[2] == HALF:
             raise RuntimeError("no such kernel")
-        return make_program(self, shape, recipe)
+        return traced(self, key)
 
-    monkeypatch.setattr(Programs, "_make", refuse)
+    monkeypatch.setattr(Programs, "_traced", refuse)
     served = Predictor.from_model(model, batch_sizes=(1,))
     assert served.predict(*requests(2)).shape == (2, D)
     choice = served._programs.choices[2]

@@ -48,6 +48,21 @@ def test_every_request_alone_and_all_together(predictor: Predictor, encoder: Ber
     np.testing.assert_allclose(alone, wanted[1], atol=1e-5)
 
 
+def test_the_encoders_precision_is_kept(predictor: Predictor, encoder: BertTextEncoder) -> None:
+    """An encoder in bfloat16 has an identity of its own, so its products must be in bfloat16 here, too.
+
+    XLA may round in other places in another program, so digits are not compared.
+    """
+    halves = BertTextEncoder(encoder.source.transformer, "mean", precision="bfloat16")
+    turns, query = REQUESTS[0]
+    found = predictor.predict_text(turns, query, encoder=halves)
+    assert (found * expected(predictor, halves, turns, query)).sum() > 0.999
+    path = predictor._texts._path(halves)
+    program = path._run.lower(path._weights, np.zeros((1, 3, 16), np.int32), np.ones((1, 3), np.int32))
+    products = [line for line in program.as_text().splitlines() if "dot_general" in line]
+    assert any("xbf16>, tensor<" in line for line in products)
+
+
 def test_an_encoder_that_is_not_ours(encoder: BertTextEncoder) -> None:
     bag = fakes.encoder()
     model = Predictor.from_model(make(use_torch_compile=False), precision="float32")
