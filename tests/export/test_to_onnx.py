@@ -63,7 +63,7 @@ def test_a_layer_adds_its_own_operators_and_no_shape_arithmetic(tmp_path: Path) 
     assert dict(counts[1] - counts[0]) == LAYER
     assert counts[2] - counts[1] == Counter({kind: 2 * count for kind, count in LAYER.items()})
     assert counts[0]["Shape"] == 1
-    assert counts[0].total() < 100
+    assert counts[0].total() < 108  # Einsum did some of the Transposes by itself
 
 
 @pytest.mark.parametrize("opset", [17, 18, 19, 20, 21, 22, 23])
