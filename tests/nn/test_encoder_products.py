@@ -37,9 +37,10 @@ def short_texts_are_fused_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def products(encoder: BertTextEncoder) -> set[tuple[str, ...]]:
-    """Precision and dtype of the factors of every matrix product of the compiled program."""
+    """Precision and dtype of the factors of every matrix product of the program for a GPU."""
     batch = np.zeros((2, 16), np.int32), np.full(2, 5, np.int32)
-    text = encoder._embed.lower(encoder._weights, *batch).as_text()
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), encoder._weights)
+    text = encoder._embed.trace(weights, *batch).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("dot_general") == 2 * 6  # of each layer
     kinds = r"precision = \[(\w+), (\w+)\] : \(tensor<[\dx]+x(\w+)>, tensor<[\dx]+x(\w+)>\)"
     return set(re.findall(kinds, text))
@@ -92,7 +93,7 @@ def test_the_identity_tells_the_precision(folder: Path) -> None:
 
 def test_a_run_and_a_pair_take_the_precision_along(folder: Path, tmp_path: Path) -> None:
     config = Config.model_validate({"data": {"encoder": str(folder), "encoder_precision": "bfloat16"}})
-    predictor: Any = SimpleNamespace(config=config, info=dict)
+    predictor: Any = SimpleNamespace(config=config, info=dict, text_encoder=None)
     assert "-bfloat16-" in encoder_of(predictor).identity
     for name in ("x", "y"):
         tiny_bert.write_folder(tmp_path / name, tiny_bert.tensors())
