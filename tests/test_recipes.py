@@ -277,7 +277,7 @@ def test_next_hop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ]
     for split in ("train", "dev"):
         as_lines(source / f"{split}.jsonl", rows)
-    monkeypatch.setattr("prime_jax.data.encode.load_encoder", lambda name: ByLetters())
+    monkeypatch.setattr("prime_jax.data.encode.load_encoder", lambda *name: ByLetters())
     passages, examples = made("prepare_next_hop", source, out)
     assert passages == texts
     for split in ("train", "dev"):

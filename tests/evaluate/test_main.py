@@ -87,7 +87,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command(prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def start(fake: FakeRun, *more: str) -> int:
         monkeypatch.setattr(run_module, "load", lambda path, precision, encoder: fake)
-        monkeypatch.setattr(text_module, "load_encoder", lambda name, stored_in=None: WordEncoder())
+        monkeypatch.setattr(text_module, "load_encoder", lambda *name, stored_in=None: WordEncoder())
         folders = ["--run", "runs/x", "--data", str(prepared), "--out", str(tmp_path / "report")]
         return main([*folders, "--store", str(tmp_path / "store"), *more])
 
