@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import CheckpointError, PredictorError
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 
 
 def user_path(text: str) -> Path:
@@ -97,7 +97,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Raises:
         ConfigError: If another process is making the same folder.
     """
-    with owned(path, f"a new {path.name}", lock=path.with_name(f".{path.name}.lock")) as holding:
+    with exclusive(path, f"a new {path.name}", lock=path.with_name(f".{path.name}.lock")) as holding:
         temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         temporary.chmod(0o755)
         try:

@@ -1,7 +1,7 @@
 """Locks on folders, so that two programs never write one run, report, bundle or store at the same time.
 
-`locked` waits its turn, for changes that take a moment (the embedding store). `owned` refuses at once, for
-work that takes hours and whose result would otherwise be lost: a training run, a sweep, an export.
+`locked` waits its turn, for changes that take a moment (the embedding store). `exclusive` refuses at once,
+for work that takes hours and whose result would otherwise be lost: a training run, a sweep, an export.
 
 The operating system's lock (flock) decides wherever it can: it goes with the process that holds it, so a
 process that was killed leaves nothing behind. But some file systems show it within one machine only, and
@@ -80,7 +80,7 @@ class Owner(NamedTuple):
 
 
 @contextmanager
-def owned(folder: Path, work: str, *, lock: Path | None = None) -> Iterator["Ownership"]:
+def exclusive(folder: Path, work: str, *, lock: Path | None = None) -> Iterator["Ownership"]:
     """Hold a folder while the block runs, or refuse at once where another process does.
 
     Args:
@@ -109,10 +109,10 @@ def owned(folder: Path, work: str, *, lock: Path | None = None) -> Iterator["Own
 
 
 class Ownership:
-    """A folder that this process holds; `owned` makes one."""
+    """A folder that this process holds; `exclusive` makes one."""
 
     def __init__(self, path: Path, folder: Path, work: str):
-        """Use `owned`."""
+        """Use `exclusive`."""
         self._path, self._folder, self._work = path, folder, work
         self._descriptor = -1
         self._me = Owner.here()

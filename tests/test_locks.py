@@ -16,13 +16,13 @@ import pytest
 
 from prime_jax import locks
 from prime_jax.errors import ConfigError
-from prime_jax.locks import OWNER, Owner, Ownership, locked, owned
+from prime_jax.locks import OWNER, Owner, Ownership, exclusive, locked
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from prime_jax.locks import owned
-with owned(Path(sys.argv[1]), "a training run"):
+from prime_jax.locks import exclusive
+with exclusive(Path(sys.argv[1]), "a training run"):
     print("holding", flush=True)
     time.sleep(60)
 """
@@ -62,15 +62,15 @@ def alive() -> Iterator[Any]:
 
 
 def test_a_second_owner_is_refused_at_once_and_told_who_the_first_is(tmp_path: Path) -> None:
-    with owned(tmp_path / "run", "a training run"):
+    with exclusive(tmp_path / "run", "a training run"):
         started = time.monotonic()
-        with pytest.raises(ConfigError) as refused, owned(tmp_path / "run", "a training run"):
+        with pytest.raises(ConfigError) as refused, exclusive(tmp_path / "run", "a training run"):
             pass
         assert time.monotonic() - started < 0.4
         assert (tmp_path / "run" / OWNER).is_file()
     assert f"{tmp_path / 'run'}: process {os.getpid()} on {Owner.here().host} (since 20" in str(refused.value)
     assert "is writing a training run here" in str(refused.value)
-    with owned(tmp_path / "run", "a training run"):
+    with exclusive(tmp_path / "run", "a training run"):
         pass
 
 
@@ -80,33 +80,33 @@ def test_another_process_is_refused_and_its_death_frees_the_folder(tmp_path: Pat
     assert holder.stdout is not None
     try:
         assert holder.stdout.readline() == "holding\n"
-        with pytest.raises(ConfigError, match=f"process {holder.pid} on "), owned(tmp_path, "a run"):
+        with pytest.raises(ConfigError, match=f"process {holder.pid} on "), exclusive(tmp_path, "a run"):
             pass
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.wait()
     assert json.loads((tmp_path / OWNER).read_text())["pid"] == holder.pid  # it could not clean up
     started = time.monotonic()
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         assert time.monotonic() - started < 0.4  # the system says that it is gone: nothing is waited for
         assert json.loads((tmp_path / OWNER).read_text())["pid"] == os.getpid()
 
 
 def test_the_folder_is_left_as_it_was(tmp_path: Path) -> None:
-    with owned(tmp_path / "a" / "b", "a run"):
+    with exclusive(tmp_path / "a" / "b", "a run"):
         assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == [OWNER]
     assert not (tmp_path / "a" / "b").exists()
-    with owned(tmp_path / "c", "a run"):
+    with exclusive(tmp_path / "c", "a run"):
         (tmp_path / "c" / "result").write_text("x")
     assert [path.name for path in (tmp_path / "c").iterdir()] == ["result"]
     (tmp_path / "mine").mkdir()
-    with owned(tmp_path / "mine", "a run"):
+    with exclusive(tmp_path / "mine", "a run"):
         pass
     assert (tmp_path / "mine").is_dir()
 
 
 def test_the_lock_may_lie_elsewhere(tmp_path: Path) -> None:
-    with owned(tmp_path / "bundle", "an export", lock=tmp_path / ".bundle.lock"):
+    with exclusive(tmp_path / "bundle", "an export", lock=tmp_path / ".bundle.lock"):
         assert [path.name for path in tmp_path.iterdir()] == [".bundle.lock"]
     assert list(tmp_path.iterdir()) == []
 
@@ -114,7 +114,7 @@ def test_the_lock_may_lie_elsewhere(tmp_path: Path) -> None:
 def test_an_owner_on_another_machine_that_lives_is_respected(tmp_path: Path, alive: Any) -> None:
     alive(write(tmp_path, ELSEWHERE))
     since = r"process 4711 on elsewhere \(since 2026-01-02T03:04:05 UTC\)"
-    with pytest.raises(ConfigError, match=since), owned(tmp_path, "a run"):
+    with pytest.raises(ConfigError, match=since), exclusive(tmp_path, "a run"):
         pass
     assert json.loads((tmp_path / OWNER).read_text())["host"] == "elsewhere"
 
@@ -124,12 +124,12 @@ def test_an_owner_on_another_machine_that_is_silent_is_gone(
 ) -> None:
     write(tmp_path, ELSEWHERE, age=0.2)
     started = time.monotonic()
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         assert 0.2 < time.monotonic() - started < 2
     assert "waiting for a sign of life of process 4711 on elsewhere" in capsys.readouterr().err
     write(tmp_path, ELSEWHERE, age=3600)
     started = time.monotonic()
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         assert time.monotonic() - started < 0.2
     assert capsys.readouterr().err == ""
 
@@ -137,10 +137,10 @@ def test_an_owner_on_another_machine_that_is_silent_is_gone(
 def test_without_flock_signs_of_life_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "_flock", lambda descriptor, wait: False)
     refused = pytest.raises(ConfigError, match=f"process {os.getpid()} on")
-    with owned(tmp_path, "a run"), refused, owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"), refused, exclusive(tmp_path, "a run"):
         pass
     write(tmp_path, Owner.here(), age=0.3)
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         pass
 
 
@@ -164,7 +164,7 @@ def test_of_two_that_take_over_at_the_same_moment_one_does(
 
     def start() -> None:
         try:
-            with owned(tmp_path, "a run") as mine:
+            with exclusive(tmp_path, "a run") as mine:
                 both.wait(5)
                 mine.check()
                 outcomes.append("holds")
@@ -193,13 +193,13 @@ def test_a_file_that_somebody_has_just_made_is_theirs(
     (tmp_path / OWNER).touch()
     with monkeypatch.context() as patch:
         patch.setattr(locks.time, "sleep", lambda seconds: write(tmp_path, ELSEWHERE))
-        with pytest.raises(ConfigError, match="process 4711 on elsewhere"), owned(tmp_path, "a run"):
+        with pytest.raises(ConfigError, match="process 4711 on elsewhere"), exclusive(tmp_path, "a run"):
             pass
     without_flock(monkeypatch)
     (tmp_path / OWNER).unlink()
     sleeps: list[float] = []
     monkeypatch.setattr(locks.time, "sleep", sleeps.append)
-    with owned(tmp_path, "a run"):  # and who makes it waits for nothing
+    with exclusive(tmp_path, "a run"):  # and who makes it waits for nothing
         assert sleeps == []
 
 
@@ -207,7 +207,7 @@ def test_a_file_of_nobody_that_goes_is_made_anew(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(locks, "SETTLE", 9.0)
     (tmp_path / OWNER).touch()
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: (tmp_path / OWNER).unlink())
-    with owned(tmp_path, "a run") as mine:
+    with exclusive(tmp_path, "a run") as mine:
         mine.check()
 
 
@@ -223,7 +223,7 @@ def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(
         return real(path)
 
     monkeypatch.setattr(Path, "read_bytes", away)
-    with owned(tmp_path, "a run") as mine:
+    with exclusive(tmp_path, "a run") as mine:
         failures += [errno.ESTALE, errno.EIO]
         mine.check()
         assert failures == []
@@ -233,7 +233,7 @@ def test_a_lock_that_cannot_be_read_for_a_moment_is_not_lost(
         failures.clear()
     (tmp_path / OWNER).touch()
     failures += [errno.EIO]
-    with pytest.raises(OSError, match="away"), owned(tmp_path, "a run"):  # it may name somebody
+    with pytest.raises(OSError, match="away"), exclusive(tmp_path, "a run"):  # it may name somebody
         pass
 
 
@@ -242,7 +242,7 @@ def test_an_owner_that_ends_while_we_watch_it_is_told_and_nothing_is_taken(
 ) -> None:
     path = write(tmp_path, ELSEWHERE)
     monkeypatch.setattr(locks.time, "sleep", lambda seconds: path.unlink())
-    with pytest.raises(ConfigError, match="process 4711 on elsewhere"), owned(tmp_path, "a run"):
+    with pytest.raises(ConfigError, match="process 4711 on elsewhere"), exclusive(tmp_path, "a run"):
         pass
     assert not path.exists()
 
@@ -259,14 +259,14 @@ def test_a_file_removed_while_it_was_opened_is_opened_anew(
         return real(descriptor, wait=wait)
 
     monkeypatch.setattr(locks, "_flock", removed_first)
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         assert len(calls) == 2
-        with pytest.raises(ConfigError), owned(tmp_path, "a run"):
+        with pytest.raises(ConfigError), exclusive(tmp_path, "a run"):
             pass
 
 
 def test_an_owner_shows_that_it_lives(tmp_path: Path) -> None:
-    with owned(tmp_path, "a run") as mine:
+    with exclusive(tmp_path, "a run") as mine:
         os.utime(tmp_path / OWNER, (0, 0))
         time.sleep(0.2)
         assert (tmp_path / OWNER).stat().st_mtime > time.time() - 10
@@ -274,7 +274,7 @@ def test_an_owner_shows_that_it_lives(tmp_path: Path) -> None:
 
 
 def test_who_lost_the_folder_writes_no_more_and_leaves_the_new_owner_alone(tmp_path: Path) -> None:
-    with owned(tmp_path, "a run") as mine:
+    with exclusive(tmp_path, "a run") as mine:
         path = write(tmp_path, ELSEWHERE, age=100)
         with pytest.raises(ConfigError, match=r"process 4711 on elsewhere .* took over a run"):
             mine.check()
@@ -282,7 +282,7 @@ def test_who_lost_the_folder_writes_no_more_and_leaves_the_new_owner_alone(tmp_p
         assert path.stat().st_mtime < time.time() - 50  # it no longer speaks for the other one
     assert json.loads(path.read_text())["host"] == "elsewhere"
     path.unlink()
-    with owned(tmp_path, "a run") as mine:
+    with exclusive(tmp_path, "a run") as mine:
         path.unlink()
         with pytest.raises(ConfigError, match="somebody took over"):
             mine.check()
@@ -293,14 +293,14 @@ def test_who_lost_the_folder_writes_no_more_and_leaves_the_new_owner_alone(tmp_p
 )
 def test_a_file_that_names_nobody_holds_nothing(tmp_path: Path, content: str) -> None:
     (tmp_path / OWNER).write_text(content, encoding="latin-1")
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         pass
 
 
 def test_who_cannot_be_named_is_refused_all_the_same(tmp_path: Path) -> None:
-    with owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"):
         (tmp_path / OWNER).write_text("")
-        with pytest.raises(ConfigError, match="another process is writing"), owned(tmp_path, "a run"):
+        with pytest.raises(ConfigError, match="another process is writing"), exclusive(tmp_path, "a run"):
             pass
 
 
@@ -314,7 +314,7 @@ def test_a_file_system_without_locks_is_no_error(
         raise OSError(number, "not here")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with owned(tmp_path, "a run"), locked(tmp_path):
+    with exclusive(tmp_path, "a run"), locked(tmp_path):
         pass
 
 
@@ -325,13 +325,13 @@ def test_other_errors_of_the_file_system_are_told(tmp_path: Path, monkeypatch: p
         raise OSError(errno.EIO, "broken disk")
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(OSError, match="broken disk"), owned(tmp_path, "a run"):
+    with pytest.raises(OSError, match="broken disk"), exclusive(tmp_path, "a run"):
         pass
 
 
 def test_a_system_without_fcntl_has_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fcntl", None)
-    with owned(tmp_path, "a run"), pytest.raises(ConfigError), owned(tmp_path, "a run"):
+    with exclusive(tmp_path, "a run"), pytest.raises(ConfigError), exclusive(tmp_path, "a run"):
         pass
 
 

@@ -18,7 +18,7 @@ from prime_jax import files
 from prime_jax.data.jsonl import parse
 from prime_jax.data.records import SPLITS, Example, Passage, as_line
 from prime_jax.errors import DataError
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 from prime_jax.progress import progress
 
 STATE = ".recipe.json"
@@ -53,7 +53,7 @@ class RecipeWriter:
         self._finished: list[str] = []
         self._stage, self._done = "", 0
         with ExitStack() as held:
-            held.enter_context(owned(out, "a data folder"))
+            held.enter_context(exclusive(out, "a data folder"))
             for name in ("corpus", *SPLITS):
                 if (out / f"{name}.jsonl").exists():
                     raise DataError(f"{out / name}.jsonl: is there already; remove it or write elsewhere")

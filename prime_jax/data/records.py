@@ -18,7 +18,7 @@ from typing import Any
 from prime_jax import files
 from prime_jax.data.jsonl import read_lines, text_list, text_value
 from prime_jax.errors import DataError
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 
 SPLITS = ("train", "dev", "test")
 
@@ -121,7 +121,7 @@ def write_dataset(folder: Path, dataset: Dataset) -> None:
         ConfigError: If another process is writing there.
     """
     with ExitStack() as stack:
-        stack.enter_context(owned(folder, "a data folder"))
+        stack.enter_context(exclusive(folder, "a data folder"))
         for name in SPLITS:
             if name not in dataset.splits and (folder / f"{name}.jsonl").exists():
                 raise DataError(f"{folder / name}.jsonl: belongs to other data; remove it or write elsewhere")

@@ -308,7 +308,7 @@ class StoredRows:
         return self._store.gather(self._rows[wanted], self.dtype)
 
     @property
-    def kept(self) -> "StoredRows":
+    def in_stored_dtype(self) -> "StoredRows":
         """The same rows in the dtype that they are kept in."""
         return StoredRows(self._store, self._rows, self._store.dtype_of(self._rows))
 

@@ -25,7 +25,7 @@ from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.reliability import Judged
 from prime_jax.evaluate.report import Texts, write_report
 from prime_jax.evaluate.steering import check_not_steered, steer, steering_facts
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
 from prime_jax.predict.text import encoder_of
@@ -71,7 +71,7 @@ def evaluate_run(
         DataError: If the data breaks the contract, or the run was trained on another encoder's embeddings.
     """
     with ExitStack() as opened:
-        opened.enter_context(owned(out, "a report", lock=out / ".report.lock"))
+        opened.enter_context(exclusive(out, "a report", lock=out / ".report.lock"))
 
         def searchable(embeddings: Rows) -> Corpus:
             return Corpus(embeddings, scope, opened.enter_context(open_index(index, embeddings, scope)))

@@ -16,7 +16,7 @@ from prime_jax.explain.explanation import Explanation
 from prime_jax.explain.known import KnownPairs
 from prime_jax.explain.page import page
 from prime_jax.files import write_json, write_text
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 from prime_jax.models.subspace import DecomposedJasperPredictor
 from prime_jax.predict.predictor import Predictor, load
 from prime_jax.retrieval.vectors import unit
@@ -91,7 +91,7 @@ def explain_run(
             f"{run.name}: {predictor.config.model.kind} model, steered: {told}. What is usual was measured "
             f"on {len(usual_questions):,} questions of dev, steered in the same way."
         )
-        with owned(out, "explanations", lock=out / ".explanations.lock"):
+        with exclusive(out, "explanations", lock=out / ".explanations.lock"):
             written = page(found, title=f"{len(found)} explained predictions", note=note)
             write_text(out / "explanations.html", written)
             write_json(out / "explanations.json", [explanation.to_json() for explanation in found])

@@ -10,7 +10,7 @@ from typing import Any
 
 from prime_jax.errors import ExportError, PredictorError
 from prime_jax.files import user_path
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 
 PASSWORD = "PRIME_SIGN_PASSWORD"
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given.out = given.out.resolve()  # "." has no name to write beside
     try:
         _check(given)
-        with owned(given.out, "a bundle", lock=given.out.with_name(f".{given.out.name}.export.lock")):
+        with exclusive(given.out, "a bundle", lock=given.out.with_name(f".{given.out.name}.export.lock")):
             parity = _export(given)
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax export: {mistake}", file=sys.stderr)

@@ -156,42 +156,16 @@ def unit(x: Float[Array, "*a E"]) -> Float[Array, "*a E"]:
     return x / jnp.sqrt(jnp.maximum(squared, 1e-24))
 
 
-class Linear(nnx.Module):
-    """An affine map with Xavier-uniform kernel `[I, O]` and zero bias `[O]`.
+class Projection(nnx.Module):
+    """A linear map without bias: Xavier-uniform kernel `[I, O]`.
 
     Args:
         inputs: I.
         outputs: O.
         dtype: Compute dtype of the product.
-        result_dtype: What the product is stored in before the bias is added; None for float32.
+        result_dtype: What the product is stored in; None for float32.
         rngs: Source of the initial weights.
     """
-
-    def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        *,
-        dtype: DTypeLike,
-        result_dtype: DTypeLike | None = None,
-        rngs: nnx.Rngs,
-    ):
-        self.kernel = nnx.Param(nnx.initializers.xavier_uniform()(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros(outputs))
-        self.dtype = dtype
-        self.result_dtype = jnp.float32 if result_dtype is None else result_dtype
-
-    def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
-        """Map the last axis; float32 out."""
-        return self.product(x).astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-
-    def product(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
-        """The map without its bias, as it is stored."""
-        return multiply(x, self.kernel[...], self.dtype, self.result_dtype)
-
-
-class Projection(nnx.Module):
-    """A linear map without bias: kernel `[I, O]`, otherwise as `Linear`."""
 
     def __init__(
         self,
@@ -211,5 +185,25 @@ class Projection(nnx.Module):
         return self.product(x).astype(jnp.float32)
 
     def product(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
-        """The map as it is stored."""
+        """The product as it is stored, without a bias."""
         return multiply(x, self.kernel[...], self.dtype, self.result_dtype)
+
+
+class Linear(Projection):
+    """An affine map: a `Projection` and a bias `[O]` that starts at zero and is added in float32."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        *,
+        dtype: DTypeLike,
+        result_dtype: DTypeLike | None = None,
+        rngs: nnx.Rngs,
+    ):
+        super().__init__(inputs, outputs, dtype=dtype, result_dtype=result_dtype, rngs=rngs)
+        self.bias = nnx.Param(jnp.zeros(outputs))
+
+    def __call__(self, x: Float[Array, "*a I"]) -> Float[Array, "*a O"]:
+        """Map the last axis; float32 out."""
+        return super().__call__(x) + self.bias[...].astype(jnp.float32)

@@ -78,7 +78,7 @@ def trace_ahead(
         options |= GPU_OPTIONS
 
     def finish() -> Callable[..., Any]:
-        with kept(cache_folder()):
+        with caching_in(cache_folder()):
             return _compile(lowered, options)
 
     return finish
@@ -107,7 +107,7 @@ def compile_all(jobs: Iterable[Callable[[], Any]], done: Callable[[], None]) -> 
             while the first jobs run already: the place for `trace_ahead`.
         done: Called after each job.
     """
-    with kept(cache_folder()), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+    with caching_in(cache_folder()), ThreadPoolExecutor(os.cpu_count() or 1) as pool:
         for finished in as_completed([pool.submit(job) for job in jobs]):
             finished.result()
             done()
@@ -187,7 +187,7 @@ _KEEPING = _Keeping()
 
 
 @contextmanager
-def kept(folder: Path | None) -> Iterator[None]:
+def caching_in(folder: Path | None) -> Iterator[None]:
     """Let JAX keep what it compiles in `folder` meanwhile; an unusable folder costs only time.
 
     XLA's autotuning results for GPUs go there too (`jax_persistent_cache_enable_xla_caches`, which JAX sets).

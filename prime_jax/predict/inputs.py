@@ -61,8 +61,8 @@ def check_values(request: Request, *, least: float = LEAST_NORM) -> None:
     Raises:
         PredictorError: Naming the first such vector.
     """
-    usual("query", request.query, least=least)
-    usual("context", request.context, request.mask)
+    check_norms("query", request.query, least=least)
+    check_norms("context", request.context, request.mask)
 
 
 def shaped(
@@ -152,7 +152,7 @@ def floats(name: str, value: ArrayLike) -> Vectors:
         return array.astype(np.float32)
 
 
-def usual(name: str, array: Vectors, real: np.ndarray | None = None, *, least: float = 0.0) -> None:
+def check_norms(name: str, array: Vectors, real: np.ndarray | None = None, *, least: float = 0.0) -> None:
     """Refuse vectors with NaN, Inf or a norm that no embedding has.
 
     Args:

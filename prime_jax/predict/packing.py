@@ -110,7 +110,7 @@ def _read(part: Array, rounded: bool) -> Float[Array, "B n"]:
     return whole
 
 
-def sound_input(
+def valid_input(
     context: Float[Array, "B N D"], query: Float[Array, "B D"], real: Bool[Array, "B N"]
 ) -> Bool[Array, " B"]:
     """What `inputs.check_values` checks, on the device: True for the rows whose numbers can be embeddings."""

@@ -15,7 +15,7 @@ from prime_jax.models import Model
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.compiled import compile_ahead, compile_all, trace_ahead
 from prime_jax.predict.inputs import Vectors, sample
-from prime_jax.predict.packing import Flat, Packing, flat, sound_input, with_state
+from prime_jax.predict.packing import Flat, Packing, flat, valid_input, with_state
 from prime_jax.predict.passes import forward_pass
 from prime_jax.predict.precision import (
     EXACT,
@@ -326,7 +326,7 @@ class Programs:
         def predict(packed: jax.Array, *arguments: jax.Array) -> jax.Array:
             context, query, mask = packing.unpack(packed)
             answer = forward(weights.restore(*arguments), context, query, mask)
-            return with_state(answer, sound_input(context, query, mask))
+            return with_state(answer, valid_input(context, query, mask))
 
         run = trace_ahead(predict, packing.shape(), *weights.arguments, mode=self._config.compile_mode)
         return lambda: Program(packing, run(), weights.arguments)

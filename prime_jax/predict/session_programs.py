@@ -11,7 +11,7 @@ import numpy as np
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.compiled import compile_ahead, compile_all, trace_ahead
 from prime_jax.predict.forward import Cache, advance, empty_cache
-from prime_jax.predict.packing import Flat, sound_input, with_state
+from prime_jax.predict.packing import Flat, valid_input, with_state
 from prime_jax.predict.precision import Recipe
 from prime_jax.progress import progress
 
@@ -108,6 +108,6 @@ def _advance_packed(config: PredictorConfig, weights: Flat, recipe: Recipe, new:
             attention=recipe.attention,
         )
         fresh = jnp.arange(new) < count[:, None]
-        return with_state(answer, sound_input(turns, query, fresh)), cache
+        return with_state(answer, valid_input(turns, query, fresh)), cache
 
     return packed_advance

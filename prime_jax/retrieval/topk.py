@@ -99,7 +99,9 @@ class ExactIndex:
         corpus = corpus if hasattr(corpus, "dtype") else np.asarray(corpus)
         check_corpus(corpus)
         check_chunk("corpus_chunk", corpus_chunk)
-        self._corpus: Rows = getattr(corpus, "kept", corpus)  # what is read from float32 of float16 on disk
+        self._corpus: Rows = getattr(
+            corpus, "in_stored_dtype", corpus
+        )  # what is read from float32 of float16 on disk
         self._scopes = None if corpus_scope is None else Scopes(corpus_scope, len(corpus))
         self._mesh, self._whole, self._shared = _placing(devices)
         self._devices = [self._whole] if self._mesh is None else list(self._mesh.devices.flat)

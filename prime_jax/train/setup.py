@@ -22,7 +22,7 @@ from prime_jax.data.steered import STEERING, Steering, open_steering, steered
 from prime_jax.data.store import holds_store
 from prime_jax.errors import CheckpointError, ConfigError, PredictorError
 from prime_jax.hybrid.settings import HybridConfig
-from prime_jax.locks import Ownership, owned
+from prime_jax.locks import Ownership, exclusive
 from prime_jax.losses.jasper import ROUTING_COMPONENTS, JasperLossConfig
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.subspace import SubspaceConfig
@@ -108,7 +108,7 @@ def held(out: Path) -> Iterator[Ownership | None]:
         refused: PredictorError | None = None
         if is_main():
             try:
-                holding = opened.enter_context(owned(out, "a training run"))
+                holding = opened.enter_context(exclusive(out, "a training run"))
                 with plain_path(out):  # what could not be read again is not trained
                     pass
             except PredictorError as taken:

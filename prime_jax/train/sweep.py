@@ -27,7 +27,7 @@ from rich.table import Table
 from prime_jax.config import Config, read_config, to_yaml
 from prime_jax.errors import ConfigError, PredictorError
 from prime_jax.files import user_path, write_json, write_text
-from prime_jax.locks import owned
+from prime_jax.locks import exclusive
 
 RESULTS = "results.json"
 BEST = "best.yaml"
@@ -139,7 +139,7 @@ def sweep(
         sampler = optuna.samplers.GridSampler(choices, seed=0)
     for edge in _edges(space):  # every mistake before the first run
         configured(file, settings, edge, seeds[0])
-    with owned(out, "a sweep"):
+    with exclusive(out, "a sweep"):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         study = optuna.create_study(
             study_name="sweep",

@@ -12,7 +12,7 @@ from prime_jax.data import recipe, records
 from prime_jax.data.recipe import RecipeWriter, identity_of, records_of, share_of, tsv_rows, value
 from prime_jax.data.records import Dataset, Example, Passage, load_dataset, write_dataset
 from prime_jax.errors import DataError
-from prime_jax.locks import OWNER, owned
+from prime_jax.locks import OWNER, exclusive
 
 COUNT = 57
 
@@ -161,14 +161,14 @@ def test_the_folder_is_held_before_it_is_looked_at_and_free_after_a_refusal(
         folder.mkdir(exist_ok=True)
         (folder / "corpus.jsonl").write_text("theirs")
         (folder / "test.jsonl").write_text("theirs")
-        with owned(folder, work):
+        with exclusive(folder, work):
             yield
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipe, "owned", finished_by_another)
+        patch.setattr(recipe, "exclusive", finished_by_another)
         with pytest.raises(DataError, match=r"corpus\.jsonl: is there already"):
             RecipeWriter(tmp_path / "a", {})
-        patch.setattr(records, "owned", finished_by_another)
+        patch.setattr(records, "exclusive", finished_by_another)
         with pytest.raises(DataError, match=r"test\.jsonl: belongs to other data"):
             write_dataset(tmp_path / "b", Dataset((Passage("p", "text"),), {}))
     for folder in ("a", "b"):

@@ -176,7 +176,7 @@ class TestExtended:
         assert view[3].tolist() == [10, 0]
         part = view.part(np.array([3, 1, 4]))
         assert (part.shape, part[1:].tolist()) == ((3, 2), [[1, 1], [11, 0]])
-        assert part.kept.dtype == np.float32
+        assert part.in_stored_dtype.dtype == np.float32
         same = ("identity", "dim", "dtype", "hash", "folder")
         assert [getattr(view, name) for name in same] == [getattr(store, name) for name in same]
 
@@ -184,7 +184,10 @@ class TestExtended:
         store = EmbeddingStore.open(tmp_path, "numbers", 2, "float16")
         store.add(["a", "b"], np.array([[0, 1], [1, 0.1]], np.float32))
         view = Extended(store, np.array([[0.1, 0]], np.float32))
-        halves, mixed = view.part(np.array([1, 0])).kept, view.part(np.array([2, 0])).kept
+        halves, mixed = (
+            view.part(np.array([1, 0])).in_stored_dtype,
+            view.part(np.array([2, 0])).in_stored_dtype,
+        )
         assert (halves.dtype, mixed.dtype) == (np.float16, np.float32)
         assert halves[:].tolist() == [[1, float(np.float16(0.1))], [0, 1]]
         assert mixed[0].tolist() == [float(np.float32(0.1)), 0]

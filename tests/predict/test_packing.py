@@ -18,7 +18,7 @@ from prime_jax.predict.packing import (
     SOUND,
     Packing,
     flat,
-    sound_input,
+    valid_input,
     with_state,
 )
 from prime_jax.predict.predictor import Predictor
@@ -120,7 +120,7 @@ def test_the_device_and_the_host_refuse_the_same(change: Any, sound: bool) -> No
     mask[1, 2], context[1] = True, query[0]
     changed = change(context[1, 2].copy(), query[1].copy())
     context[1, 2], query[1] = (part.astype(np.float32) for part in changed)
-    seen = np.asarray(jax.jit(sound_input)(context, query, mask))
+    seen = np.asarray(jax.jit(valid_input)(context, query, mask))
     assert seen.tolist() == [True, sound, True]
     if sound:
         check_values(Request(context, query, mask, False))

@@ -14,7 +14,7 @@ from prime_jax.config import Config
 from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.evaluate.__main__ import main as evaluate
 from prime_jax.export.__main__ import main as export
-from prime_jax.locks import OWNER, Owner, owned
+from prime_jax.locks import OWNER, Owner, exclusive
 from prime_jax.train import checkpoints, loop, program, setup, sweep
 from prime_jax.train.__main__ import main
 
@@ -161,10 +161,10 @@ def test_two_reports_or_exports_into_one_folder(
     undisturbed: Path, data_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = ["--run", str(undisturbed), "--encoder", "fakes:encoder", "--out", str(tmp_path / "out")]
-    with owned(tmp_path / "out", "a report", lock=tmp_path / "out" / ".report.lock"):
+    with exclusive(tmp_path / "out", "a report", lock=tmp_path / "out" / ".report.lock"):
         assert evaluate([*run, "--data", str(data_folder)]) == 2
     assert f"{tmp_path / 'out'}: process {os.getpid()}" in capsys.readouterr().err
-    with owned(tmp_path / "out", "a bundle", lock=tmp_path / ".out.export.lock"):
+    with exclusive(tmp_path / "out", "a bundle", lock=tmp_path / ".out.export.lock"):
         assert export(run) == 2
     assert "is writing a bundle here" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -172,7 +172,7 @@ def test_two_reports_or_exports_into_one_folder(
 
 def test_all_processes_of_a_run_are_refused_together(data_folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    with owned(out, "a training run"):
+    with exclusive(out, "a training run"):
         processes = start_together(2, [*SETTINGS, "--data.path", str(data_folder)], out)
         assert exit_codes(processes) == [2, 2]
     said = [(tmp_path / f"run-{index}.log").read_text() for index in range(2)]
