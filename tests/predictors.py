@@ -45,7 +45,7 @@ def requests(rows: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarr
     vectors = (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
     mask = rng.permuted(np.arange(N) < (np.arange(rows) % (N + 1))[:, None], axis=1)
     context = np.where(mask[..., None], vectors[:, :N], np.float32(np.nan))
-    context[::2] = np.where(mask[::2, :, None], context[::2], np.float32(1e6))
+    context[::2] = np.where(mask[::2, :, None], context[::2], np.float32(1e4))
     return context, vectors[:, N].copy(), mask
 
 

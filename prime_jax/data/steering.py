@@ -155,9 +155,6 @@ def _embedded(
         query_prefix=prefixes["query_prefix"],
         passage_prefix=prefixes["passage_prefix"],
     )
-    _check_embeddings(store, data.corpus_rows, "corpus", data.corpus_ids)
-    for name, split in data.splits.items():
-        _check_embeddings(store, split.query_rows, name, split.ids)
     return dataset, data
 
 
@@ -276,19 +273,6 @@ def _check_free(out: Path) -> None:
     manifest = files.read_json(out / MANIFEST, DataError) if (out / MANIFEST).is_file() else None
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         raise DataError(f"{out}: is there already and is no steering; remove it or name another --out")
-
-
-def _check_embeddings(
-    store: EmbeddingStore, rows: Int64[np.ndarray, " n"], where: str, ids: Sequence[str]
-) -> None:
-    for start in range(0, len(rows), ROWS):
-        finite = np.isfinite(store[rows[start : start + ROWS]]).all(axis=1)
-        if not finite.all():
-            row = start + int(np.argmin(finite))
-            raise DataError(
-                f"{store.folder}: the embedding of {where} row {row} ('{ids[row]}') holds NaN or Inf; "
-                "remove this store and encode again"
-            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

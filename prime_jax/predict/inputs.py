@@ -17,8 +17,8 @@ from prime_jax.models.jasper import SteeredConfig
 
 Vectors = np.ndarray
 
-LEAST_NORM, LARGEST_NORM = 1e-6, 1e8
-"""Norms that a query may have. A turn may be zero (it says nothing, as steering may), but no larger."""
+LEAST_NORM, LARGEST_NORM = 1e-6, 1e6
+"""Norms that a query may have, and a turn that is not all zeros; one of zeros says nothing."""
 
 
 class Request(NamedTuple):
@@ -62,7 +62,7 @@ def check_values(request: Request, *, least: float = LEAST_NORM) -> None:
         PredictorError: Naming the first such vector.
     """
     check_norms("query", request.query, least=least)
-    check_norms("context", request.context, request.mask)
+    check_norms("context", request.context, request.mask, zero=True)
 
 
 def shaped(
@@ -152,21 +152,31 @@ def floats(name: str, value: ArrayLike) -> Vectors:
         return array.astype(np.float32)
 
 
-def check_norms(name: str, array: Vectors, real: np.ndarray | None = None, *, least: float = 0.0) -> None:
+def check_norms(
+    name: str,
+    array: Vectors,
+    real: np.ndarray | None = None,
+    *,
+    least: float = LEAST_NORM,
+    zero: bool = False,
+) -> None:
     """Refuse vectors with NaN, Inf or a norm that no embedding has.
 
     Args:
         name: What the array is, for the message.
         array: Vectors on the last axis, float32.
         real: True where a vector counts, others may hold anything; None means that all count.
-        least: Smallest norm; none by default.
+        least: Smallest norm.
+        zero: Whether a vector may also be all zeros.
 
     Raises:
         PredictorError: Naming the first such vector.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         squared = np.einsum("...d,...d->...", array, array)
-        bad = ~((squared <= LARGEST_NORM**2) & (squared >= least**2))
+        bad = np.asarray(~((squared <= LARGEST_NORM**2) & (squared >= least**2)))
+    if zero and bad.any():
+        bad = np.asarray(bad & array.any(axis=-1))
     if real is not None:
         bad &= real
     if bad.any():

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from prime_jax.errors import PredictorError
-from prime_jax.predict.inputs import LEAST_NORM, Request, check_norms, rows
+from prime_jax.predict.inputs import Request, check_norms, rows
 from prime_jax.predict.session_programs import SessionPrograms, new_turn_counts
 from prime_jax.predict.started import check_state
 
@@ -73,7 +73,7 @@ class Session:
         """
         turns, _ = rows("turn", turn, self.batch, self._config.input_dim)
         chosen = self._chosen(rows_to)
-        check_norms("turn", turns, chosen)
+        check_norms("turn", turns, chosen, zero=True)
         with self._lock:
             for row in np.flatnonzero(chosen):
                 if self._lengths[row] == self._window.shape[1]:
@@ -99,7 +99,7 @@ class Session:
         queries, single = rows("query", query, self.batch, self._config.input_dim)
         answers = self._advance(queries)
         if answers[:, -1].any():
-            check_norms("query", queries, least=LEAST_NORM)
+            check_norms("query", queries)
             with self._lock:
                 context, mask = self.window()
             check_state(answers[:, -1], Request(context, queries, mask, single))
@@ -140,7 +140,7 @@ class Session:
                 f"the saved session has {turns.shape[0]} conversations of dimension {turns.shape[2]}, "
                 f"this one {self.batch} of {self._config.input_dim}"
             )
-        check_norms("saved turns", turns, np.arange(turns.shape[1]) < lengths[:, None])
+        check_norms("saved turns", turns, np.arange(turns.shape[1]) < lengths[:, None], zero=True)
         with self._lock:
             self._cached[:] = 0
             for row, length in enumerate(lengths):

@@ -98,6 +98,8 @@ BAD = [
     lambda c, q: (c, 1e9 * q),
     lambda c, q: (c, 1e30 * q),
     lambda c, q: (1e9 * c, q),
+    lambda c, q: (1e-9 * c, q),
+    lambda c, q: (1e-42 * c, q),
     lambda c, q: (1e25 * c, q),
     lambda c, q: (np.where(np.arange(D) == 3, np.inf, c), q),
     lambda c, q: (np.where(np.arange(D) == 3, np.nan, c), q),
@@ -105,7 +107,7 @@ BAD = [
 GOOD = [
     lambda c, q: (c, q),
     lambda c, q: (0 * c, q),
-    lambda c, q: (1e-42 * c, q),
+    lambda c, q: (-0.0 * c, q),
     lambda c, q: (5e3 * c, 5e3 * q),
     lambda c, q: (1e-4 * c, 1e-4 * q),
 ]

@@ -138,16 +138,16 @@ def test_what_is_no_embedding_changes_nothing(served: Served, caplog: pytest.Log
         assert "turn_embedding has norm 4.9e" in answer.json()["error"]
     answer = served.client.post(f"{path}/predict", json={"query_embedding": [0.0] * D})
     assert answer.status_code == 422
-    assert "query_embedding has norm 0.0e+00" in answer.json()["error"]
+    assert "query_embedding has norm 0, which" in answer.json()["error"]
     headers = {"content-type": "application/octet-stream"}
     elsewhere = served.predictor.session()
     elsewhere.append(np.full(D, 1e5, np.float32))
     saved = elsewhere.save()
     with pytest.MonkeyPatch.context() as patch:  # as a session of another server may hold it
-        patch.setattr("prime_jax.serve.plausible.LARGEST", 1e4)
+        patch.setattr("prime_jax.predict.inputs.LARGEST_NORM", 1e4)
         answer = served.client.put(f"{path}/state", content=saved, headers=headers)
     assert answer.status_code == 422
-    assert "the saved session: turn 0 has norm 4.9e+05" in answer.json()["error"]
+    assert "saved turns[0, 0] has norm 4.9e+05" in answer.json()["error"]
     assert served.client.get(path).json()["turns"] == 1
     np.testing.assert_array_equal(predicted(served, path), expected)
     assert caplog.text == ""
