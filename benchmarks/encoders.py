@@ -29,9 +29,9 @@ from benchmarks.common import facts
 from benchmarks.search import Report, installed
 from prime_jax.files import write_json
 from prime_jax.nn.bert import BertConfig
+from prime_jax.nn.encoders import build_encoder
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.bert_weights import bert_tensors
-from prime_jax.pretrained.families import build_encoder
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 ROUNDS = 5

@@ -34,8 +34,29 @@ class BatchTexts(NamedTuple):
     passage: Texts
 
 
+SEQUENCES_PER_ROW = 8
+"""Most sequences in a row of `Conversations`."""
+
+
+class Conversations(NamedTuple):
+    """Conversations as token ids, each one sequence, packed into R rows of S tokens.
+
+    Attributes:
+        tokens: `[R, S]`; padding is 0.
+        segments: Which sequence of its row a token belongs to, counted from 1; 0 is padding, `[R, S]`.
+        positions: Of the tokens in their sequences, from 0, `[R, S]`.
+        slots: Where the sequence of each example is: its row times `SEQUENCES_PER_ROW`, plus its number in
+            the row, from 0, `[B]`.
+    """
+
+    tokens: Int[Array, "*a R S"]
+    segments: Int[Array, "*a R S"]
+    positions: Int[Array, "*a R S"]
+    slots: Int[Array, "*a B"]
+
+
 class Batch(NamedTuple):
-    """One training batch, embeddings only; JAX arrays in a step, numpy arrays before it.
+    """One training batch; JAX arrays in a step, numpy arrays before it.
 
     Attributes:
         context: Turn embeddings, oldest first, `[B, N, D]`; padded slots hold anything (they are masked).
@@ -53,6 +74,7 @@ class Batch(NamedTuple):
         cluster: Cluster of `target`, `[B]`, or None where the data has none (JASPER only).
         steering: Which steering each row has: 0 for zero, then the variants in their order, `[B]`, or None.
         texts: The texts themselves, where encoders are trained, or None.
+        conversations: Turns and queries as token ids, for a model that reads text, or None.
     """
 
     context: Float[Array, "*a B N D"]
@@ -68,6 +90,7 @@ class Batch(NamedTuple):
     cluster: Int[Array, "*a B"] | None = None
     steering: Int[Array, "*a B"] | None = None
     texts: BatchTexts | None = None
+    conversations: Conversations | None = None
 
     def map_targets(self, change: Callable[[Array], Array]) -> "Batch":
         """The batch with all that predictions are compared with changed: target, negatives, positives."""

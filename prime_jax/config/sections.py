@@ -7,7 +7,8 @@ from pydantic import Field, model_validator
 from prime_jax.config.hybrid import HybridSection, check_hybrid
 from prime_jax.frozen import Frozen
 from prime_jax.losses.jasper import JasperLossConfig
-from prime_jax.models import DEFAULT_KIND, ModelConfig
+from prime_jax.models import ModelConfig
+from prime_jax.models.jasper import SteeredConfig
 from prime_jax.models.prime import PredictorConfig
 
 Variant = Literal["centroid", "keyword", "residual", "predicted"]
@@ -219,6 +220,15 @@ _STEERED_ONLY = (
 )
 
 
+# A text predictor reads words and is the encoder of turns and queries itself.
+_TEXT_ONLY = (
+    ("train", "rotation", 0.0),
+    ("train", "x_encoder", "frozen"),
+    ("train", "y_encoder", "frozen"),
+    ("hybrid", "enabled", False),
+)
+
+
 class Config(Frozen):
     """Everything that defines a run."""
 
@@ -234,17 +244,17 @@ class Config(Frozen):
     @property
     def steered(self) -> bool:
         """Whether the model takes a steering vector in place of turns."""
-        return self.model.kind != DEFAULT_KIND
+        return isinstance(self.model, SteeredConfig)
 
     @model_validator(mode="after")
     def _sections_fit_together(self) -> "Config":
-        if self.steered:
-            for section, name, only in _STEERED_ONLY:
-                given = getattr(getattr(self, section), name)
-                if given != only:
-                    raise ValueError(
-                        f"{section}.{name} is {given!r}, but a {self.model.kind} model needs {only!r}"
-                    )
+        needed = _STEERED_ONLY if self.steered else _TEXT_ONLY if self.model.reads_text else ()
+        for section, name, only in needed:
+            given = getattr(getattr(self, section), name)
+            if given != only:
+                raise ValueError(
+                    f"{section}.{name} is {given!r}, but a {self.model.kind} model needs {only!r}"
+                )
         trained = self.train.x_encoder == "trained" or self.train.y_encoder != "frozen"
         if trained and self.data.context_from == "search":
             raise ValueError(

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from prime_jax.data.first_pass import first_pass
 from prime_jax.data.records import Dataset, Example
+from prime_jax.data.sequences import Sequences
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.errors import ConfigError
 
@@ -29,6 +30,7 @@ class EmbeddedSplit:
         exclude: Per example the corpus indices that are never returned or counted.
         scope: Scope code of each example, as in `EmbeddedDataset.corpus_scope`, `[n]`.
         windowed: How many examples had more than N turns and keep their newest N.
+        sequences: Their conversations as token ids, for a model that reads text, or None.
     """
 
     ids: tuple[str, ...]
@@ -39,6 +41,7 @@ class EmbeddedSplit:
     exclude: tuple[Int64[np.ndarray, " _"], ...]
     scope: Int32[np.ndarray, " n"]
     windowed: int
+    sequences: Sequences | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

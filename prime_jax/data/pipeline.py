@@ -13,6 +13,7 @@ from jaxtyping import Float32, Int64
 
 from prime_jax.data.curriculum import SteeredRows
 from prime_jax.data.embedded import EMPTY, EmbeddedDataset, gather
+from prime_jax.data.sequences import PackedBatches
 from prime_jax.data.tokens import TokenTable
 from prime_jax.errors import DataError
 from prime_jax.types import Batch, BatchTexts
@@ -57,6 +58,7 @@ class TrainingBatches:
         positives: A row per right answer ("one"), or a row per example with all of them ("all").
         steering: Takes the place of the turns, with `positives` "one"; `data` is then its own.
         tokens: Of every text, so that batches bring their texts along; None leaves them out.
+        conversations: Of the split, for a model that reads text; None leaves them out.
 
     Attributes:
         place: How many batches were read.
@@ -80,6 +82,7 @@ class TrainingBatches:
         positives: Positives = "one",
         steering: SteeredRows | None = None,
         tokens: TokenTable | None = None,
+        conversations: PackedBatches | None = None,
     ):
         steps = steps_per_epoch(data, split, batch_size=batch_size, positives=positives)
         if batch_size % process_count:
@@ -94,6 +97,7 @@ class TrainingBatches:
         self.place = 0
         self._data, self._examples, self._positives, self._tokens = data, examples, positives, tokens
         self._steering, self._seed, self._steps, self._batch_size = steering, seed, steps, batch_size
+        self._conversations, self._process = conversations, (process_index, process_count)
         self._example_of, self._target_of = _rows(data, split, positives)
         rights = examples.positives if steering is None else steering.rights()
         self._right = _padded(rights, max(map(len, rights)))
@@ -175,6 +179,8 @@ class TrainingBatches:
             fields["negatives"] = self._passages(fields["negative_ids"])
         if self._tokens is not None:
             fields["texts"] = self._texts(self._tokens, whole, mine)
+        if self._conversations is not None:
+            fields["conversations"] = self._conversations(self._example_of[whole], *self._process)
         return Batch(**fields)
 
     def _texts(self, table: TokenTable, whole: Rows, mine: slice) -> BatchTexts:

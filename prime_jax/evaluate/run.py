@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from prime_jax.config import DataConfig
+from prime_jax.data.conversations import context_texts
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import Encoder, encode_texts, passage_prefix_for
 from prime_jax.data.prepare import prepare
@@ -84,7 +85,7 @@ def evaluate_run(
         turns = not (predictor.config and predictor.config.steered)
         splits = split_arrays(dataset, embedded, used, source, turns=turns)
         test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
-        predicted = predictor.predict(test.context, test.query, test.mask)
+        predicted = _predicted(predictor, dataset, embedded, split, test)
         evaluation = evaluate_methods(
             split,
             test,
@@ -104,6 +105,16 @@ def evaluate_run(
             **_facts(predictor.info(), dataset, embedded, used),
         }
         return write_report(out, evaluation, _texts(dataset, split), facts)
+
+
+def _predicted(
+    predictor: Predictor, dataset: Dataset, embedded: EmbeddedDataset, split: str, test: Split
+) -> np.ndarray:
+    """Predictions `[Q, E]` from what the model reads: the texts of a split, or their embeddings."""
+    if predictor.model.config.reads_text:
+        queries = [example.query for example in dataset.splits[split]]
+        return predictor.predict_text(context_texts(dataset, embedded, split), queries)
+    return predictor.predict(test.context, test.query, test.mask)
 
 
 def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged | None:

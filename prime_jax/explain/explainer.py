@@ -15,7 +15,7 @@ from prime_jax.errors import PredictorError
 from prime_jax.explain.explanation import Explanation, Influence
 from prime_jax.explain.known import KnownPairs, Usual, nearest_centroid, rank_among
 from prime_jax.explain.signal import Reading, signal_of
-from prime_jax.models import Model
+from prime_jax.models import EmbeddingModel
 from prime_jax.models.jasper import SteeredConfig
 from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
 from prime_jax.predict.inputs import checked, steered_request
@@ -46,7 +46,7 @@ class Explainer:
 
     def __init__(
         self,
-        model: Model,
+        model: EmbeddingModel,
         centroids: Float32[np.ndarray, "C E"],
         names: Sequence[str],
         *,
@@ -186,7 +186,7 @@ class Explainer:
         return name if self.names.count(name) == 1 else f"{name} ({number})"
 
 
-def _compiled(model: Model) -> tuple[Any, Any]:
+def _compiled(model: EmbeddingModel) -> tuple[Any, Any]:
     graph = nnx.split(model)[0]
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
 

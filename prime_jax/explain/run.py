@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32
@@ -119,7 +120,8 @@ def explainer_of(predictor: Predictor, run: Path, data: Path, opened: OpenedData
         [texts[example.positives[0]] for example in examples],
         [example.positives[0] for example in examples],
     )
-    return Explainer(predictor.model, centroids, names, known=known)
+    model: Any = predictor.model  # a steered one
+    return Explainer(model, centroids, names, known=known)
 
 
 def _check_options(

@@ -21,8 +21,8 @@ from prime_jax.export.optional import need
 from prime_jax.export.to_onnx import OPSET, save_graph
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.nn.bert import Pooling, pool
+from prime_jax.nn.encoders import EncoderModel
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.pretrained.families import EncoderModel
 from prime_jax.pretrained.pair import FOLDER, load_pair
 
 TEXT = "text.onnx"

@@ -8,13 +8,15 @@ from pydantic import Discriminator, Tag, TypeAdapter
 from prime_jax.models.jasper import JasperConfig, JasperPredictor
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
+from prime_jax.models.text import TextConfig, TextPredictor
 
-AnyConfig = PredictorConfig | JasperConfig | SubspaceConfig
-MODELS: tuple[type[AnyConfig], ...] = (PredictorConfig, JasperConfig, SubspaceConfig)
+AnyConfig = PredictorConfig | JasperConfig | SubspaceConfig | TextConfig
+MODELS: tuple[type[AnyConfig], ...] = (PredictorConfig, JasperConfig, SubspaceConfig, TextConfig)
 KINDS: dict[str, type[AnyConfig]] = {kind.model_fields["kind"].default: kind for kind in MODELS}
 DEFAULT_KIND = "prime"
 
-Model = EmbeddingPredictor | JasperPredictor | DecomposedJasperPredictor
+EmbeddingModel = EmbeddingPredictor | JasperPredictor | DecomposedJasperPredictor
+Model = EmbeddingModel | TextPredictor
 
 
 def model_config(given: Mapping[str, Any]) -> AnyConfig:
@@ -39,6 +41,7 @@ def kind_of(given: Any) -> Any:
 ModelConfig = Annotated[
     Annotated[PredictorConfig, Tag("prime")]
     | Annotated[JasperConfig, Tag("jasper")]
-    | Annotated[SubspaceConfig, Tag("subspace")],
+    | Annotated[SubspaceConfig, Tag("subspace")]
+    | Annotated[TextConfig, Tag("text")],
     Discriminator(kind_of),
 ]

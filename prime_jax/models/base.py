@@ -1,16 +1,22 @@
 """What all models have in common: how they are served, and what they answer in training."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from prime_jax.frozen import Frozen
+from prime_jax.types import Batch
+
+
+def embeddings_of(batch: Batch) -> tuple[Any, ...]:
+    """What a model of embeddings reads of a batch: context, query and context mask."""
+    return (batch.context, batch.query, batch.context_mask)
 
 
 class ServedConfig(Frozen):
     """The part of every model's configuration that says how it starts and how it is compiled."""
 
-    kind: str = Field(default="prime", description="which model: prime, jasper or subspace")
+    kind: str = Field(default="prime", description="prime, jasper, subspace or text")
     checkpoint_path: str | None = Field(
         default=None, description="run folder or bundle whose weights training starts from"
     )
@@ -26,3 +32,12 @@ class ServedConfig(Frozen):
     max_batch_size: int = Field(
         default=32, ge=1, description="largest compiled batch; larger ones run in chunks"
     )
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether requests are texts, not embeddings."""
+        return False
+
+    def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
+        """What the model reads of a batch, in the order of its `details`."""
+        return embeddings_of(batch)

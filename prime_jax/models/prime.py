@@ -28,7 +28,7 @@ COPY_WEIGHT, COPY_DECAY = 0.5, 0.7  # the recency mix that the copy path starts 
 class PredictorConfig(ServedConfig):
     """Shape and behaviour of an `EmbeddingPredictor` (spec section 8; docs/model.md)."""
 
-    kind: Literal["prime"] = Field(default="prime", description="which model: prime, jasper or subspace")
+    kind: Literal["prime"] = Field(default="prime", description="prime, jasper, subspace or text")
     input_dim: int = Field(default=1024, ge=1, description="dimension D of the turn and query embeddings")
     hidden_dim: int = Field(default=2048, ge=128, description="width H of the transformer")
     output_dim: int = Field(default=1024, ge=1, description="dimension E of the predicted embedding")

@@ -16,8 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
-from prime_jax.nn.attention import MASKED
-from prime_jax.nn.encoder_products import FUSED_FROM, Tf32Linear, encoder_product, fused_attention
+from prime_jax.nn.encoder_attention import join_heads, masked_attention, split_qkv
+from prime_jax.nn.encoder_products import FUSED_FROM, Tf32Linear, fused_attention
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 
@@ -106,30 +106,29 @@ class BertLayer(nnx.Module):
         self.num_heads = config.num_attention_heads
         self.dtype, self.tf32, self.fused = dtype, tf32, fused
 
-    def __call__(self, x: Float[Array, "B S H"], mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
-        """Transform the tokens `x`; padded ones (mask False) are seen by nobody."""
-        x = keeping_inputs(self.attention_norm, self.dtype)(x + self.attention_out(self._attend(x, mask)))
-        inner = keeping_inputs(_gelu, self.dtype)(self.mlp_in.product(x), self.mlp_in.bias[...])
+    def __call__(self, x: Float[Array, "B S H"], mask: Bool[Array, "B Q S"]) -> Float[Array, "B S H"]:
+        """Transform the tokens `x`, each looking where the mask allows; Q is S, or 1 for the same for all."""
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])  # on CPUs products of two axes are a quarter faster, norms as well
+        attended = self.attention_out(self._attend(x, mask, shape))
+        x = keeping_inputs(self.attention_norm, self.dtype)(x + attended)
+        inner = jax.checkpoint(_gelu)(self.mlp_in.product(x), self.mlp_in.bias[...])
         out: Array = keeping_inputs(self.mlp_norm, self.dtype)(x + self.mlp_out(inner))
-        return out
+        return out.reshape(shape)
 
-    def _attend(self, x: Float[Array, "B S H"], mask: Bool[Array, "B S"]) -> Float[Array, "B S H"]:
-        """Attention with heads in front of tokens and softmax divided last.
-
-        On CPUs this layout is up to 2.5 times faster than contracting `[B, S, heads, head_dim]` in place.
-        """
-        batch, tokens, hidden = x.shape
-        head_dim = hidden // self.num_heads
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, head_dim)
-        if self.fused and tokens >= FUSED_FROM:
-            queries, keys, values = jnp.moveaxis(qkv, 2, 0)
-            return fused_attention(queries, keys, values, mask.sum(axis=1), self.dtype)
-        queries, keys, values = jnp.moveaxis(qkv, (2, 3), (0, 2))
-        logits = encoder_product("bhqd,bhkd->bhqk", queries * head_dim**-0.5, keys, self.dtype, self.tf32)
-        weights = keeping_inputs(_exponentials, self.dtype)(logits, mask)
-        mixed = encoder_product("bhqk,bhkd->bhqd", weights, values, self.dtype, self.tf32)
-        mixed = mixed / weights.sum(axis=-1, keepdims=True)
-        return jnp.moveaxis(mixed, 1, 2).reshape(batch, tokens, hidden)
+    def _attend(
+        self, x: Float[Array, "tokens H"], mask: Bool[Array, "B Q S"], shape: tuple[int, ...]
+    ) -> Float[Array, "tokens H"]:
+        batch, tokens, hidden = shape
+        qkv = self.qkv(x).reshape(batch, tokens, 3 * hidden)
+        if self.fused and tokens >= FUSED_FROM and mask.shape[1] == 1:
+            parts = qkv.reshape(batch, tokens, 3, self.num_heads, hidden // self.num_heads)
+            queries, keys, values = jnp.moveaxis(parts, 2, 0)
+            mixed = fused_attention(queries, keys, values, mask[:, 0].sum(axis=1), self.dtype)
+        else:
+            queries, keys, values = split_qkv(qkv, self.num_heads)
+            mixed = join_heads(masked_attention(queries, keys, values, mask[:, None], self.dtype, self.tf32))
+        return mixed.reshape(-1, hidden)
 
 
 class BertModel(nnx.Module):
@@ -168,17 +167,20 @@ class BertModel(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B S"],
-        mask: Bool[Array, "B S"],
+        mask: Bool[Array, "B S"] | Bool[Array, "B S S"],
         *,
         positions: Int[Array, "B S"] | None = None,
+        added: Float[Array, "B S H"] | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S H"]:
         """Contextual embeddings of every token.
 
         Args:
             tokens: Token ids, `[B, S]` with S at most `config.longest`; padding holds any valid id.
-            mask: True where a token is real, `[B, S]`.
+            mask: True where a token is real, `[B, S]`; or where a row token may look at a column token,
+                `[B, S, S]`, where several texts stand in a row.
             positions: Of the tokens; None counts them from 0.
+            added: Added to the embeddings of the tokens before the first norm.
             remat: What the backward pass recomputes instead of keeping it.
 
         Returns:
@@ -187,12 +189,14 @@ class BertModel(nnx.Module):
         table = self.positions.embedding[...]
         first = self.first_position
         at = table[first : first + tokens.shape[1]] if positions is None else table[first + positions]
-        x: Array = self.norm(self.words(tokens) + at + self.types.embedding[...][0])
+        x: Array = self.words(tokens) + at + self.types.embedding[...][0]
+        x = self.norm(x if added is None else x + added)
+        seen = mask[:, None] if mask.ndim == 2 else mask
         for layer in self.layers:
             graph, params = nnx.split(layer)
 
             def block(params: Any, x: Array, graph: Any = graph) -> Array:
-                answer: Array = nnx.merge(graph, params)(x, mask)
+                answer: Array = nnx.merge(graph, params)(x, seen)
                 return answer
 
             x = rematerialised(block, remat)(params, x)
@@ -209,16 +213,8 @@ def pool(hidden: Float[Array, "B S H"], mask: Bool[Array, "B S"], pooling: Pooli
     return unit(pooled)
 
 
-def _gelu(product: Float[Array, "B S I"], bias: Float[Array, " I"]) -> Float[Array, "B S I"]:
+def _gelu(product: Float[Array, "*a I"], bias: Float[Array, " I"]) -> Float[Array, "*a I"]:
     return jax.nn.gelu(product.astype(jnp.float32) + bias, approximate=False)
-
-
-def _exponentials(
-    logits: Float[Array, "B heads S S"], mask: Bool[Array, "B S"]
-) -> Float[Array, "B heads S S"]:
-    """The numerators of a softmax over the tokens that are real."""
-    logits = jnp.where(mask[:, None, None, :], logits, MASKED)
-    return jnp.exp(logits - logits.max(axis=-1, keepdims=True))
 
 
 def _layer_norm(config: BertConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

@@ -205,17 +205,20 @@ class ModernBertModel(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B S"],
-        mask: Bool[Array, "B S"],
+        mask: Bool[Array, "B S"] | Bool[Array, "B S S"],
         *,
         positions: Int[Array, "B S"] | None = None,
+        added: Float[Array, "B S H"] | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S H"]:
         """Contextual embeddings of every token.
 
         Args:
             tokens: Token ids, `[B, S]` with S at most `config.longest`; padding holds any valid id.
-            mask: True where a token is real, `[B, S]`.
+            mask: True where a token is real, `[B, S]`; or where a row token may look at a column token,
+                `[B, S, S]`, where several texts stand in a row.
             positions: Of the tokens; None counts them from 0.
+            added: Added to the embeddings of the tokens before the first norm.
             remat: What the backward pass recomputes instead of keeping it.
 
         Returns:
@@ -223,17 +226,19 @@ class ModernBertModel(nnx.Module):
         """
         at = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape) if positions is None else positions
         apart = jnp.abs(at[:, :, None] - at[:, None, :])
+        looked_at = mask[:, None, :] if mask.ndim == 2 else mask
         seen = {
             "full_attention": (
-                mask[:, None, :] & (apart >= 0),
+                looked_at & (apart >= 0),
                 self._rotation(at, self.config.global_rope_theta),
             ),
             "sliding_attention": (
-                mask[:, None, :] & (apart <= self.config.local_attention // 2),
+                looked_at & (apart <= self.config.local_attention // 2),
                 self._rotation(at, self.config.local_rope_theta),
             ),
         }
-        x = self.norm(self.words(tokens))
+        x = self.words(tokens)
+        x = self.norm(x if added is None else x + added)
         for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
             graph, params = nnx.split(layer)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from prime_jax.models import Model
+from prime_jax.models import EmbeddingModel
 from prime_jax.models.jasper import SteeredConfig
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.forward import Attention, forward
@@ -29,7 +29,7 @@ class ForwardPass(NamedTuple):
     program: Callable[[Attention, DType], Callable[..., Array]]
 
 
-def forward_pass(model: Model) -> ForwardPass:
+def forward_pass(model: EmbeddingModel) -> ForwardPass:
     """The forward pass of a model, float32 out."""
     if isinstance(model, EmbeddingPredictor):
         config = model.config

@@ -24,6 +24,7 @@ from prime_jax.models import Model
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.confidence import Confidence, read_confidence
 from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models.text import TextPredictor
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
 from prime_jax.predict.inputs import Request, Vectors, checked, shaped, steered_request
@@ -133,7 +134,9 @@ class Predictor:
         self.confidence = confidence
         self._facts = dict(facts or {})
         self._buckets = (*sorted({size for size in batch_sizes if size < most}), most)
-        self._programs = Programs(model, precision, self._buckets)
+        self._compiled: Programs | None = None  # a model that reads texts has none
+        if not isinstance(model, TextPredictor):
+            self._compiled = Programs(model, precision, self._buckets)
         self._session_programs: dict[tuple[int, Recipe], SessionPrograms] = {}
         self._warmup_seconds: float | None = None
         self._texts = TextPaths(self)
@@ -298,11 +301,31 @@ class Predictor:
 
     def warmup(self) -> None:
         """Choose precisions and compile every fixed shape now, not at the first request that needs it."""
-        if not self.model.config.use_static_cache:
+        if self._compiled is None or not self.model.config.use_static_cache:
             return
         started = time.perf_counter()
-        self._programs.warm_up()
+        self._compiled.warm_up()
         self._warmup_seconds = time.perf_counter() - started
+
+    @property
+    def query_prefix(self) -> str:
+        """What stands before queries (and turns, where they are encoded by themselves)."""
+        if self.config is not None:
+            return self.config.data.query_prefix
+        return str(self._facts.get("query_prefix", ""))
+
+    @property
+    def _programs(self) -> Programs:
+        """The programs that take embeddings.
+
+        Raises:
+            PredictorError: If the model reads texts.
+        """
+        if self._compiled is None:
+            raise PredictorError(
+                f"a {self.model.config.kind} model reads texts, no embeddings: call predict_text"
+            )
+        return self._compiled
 
     def map_memory(self, embeddings: Any) -> Any:
         """Passages of a memory as the predictions expect them, `[M, E]`: what to index and search.
@@ -318,6 +341,7 @@ class Predictor:
     def info(self) -> dict[str, Any]:
         """What this predictor is: version, size, shapes and how each is computed, its checkpoint's facts."""
         config = self.model.config
+        choices = {} if self._compiled is None else self._compiled.choices
         return {
             "prime_jax": __version__,
             "parameters": self.model.num_params(),
@@ -326,7 +350,7 @@ class Predictor:
             "batch_shapes": list(self._buckets) if config.use_static_cache else "as requested",
             "precision": {
                 batch: {**choice.recipe._asdict(), "why": choice.why}
-                for batch, choice in sorted(self._programs.choices.items())
+                for batch, choice in sorted(choices.items())
             },
             "warmup_seconds": self._warmup_seconds,
             "device": str(jax.local_devices()[0]),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from prime_jax.errors import PredictorError
-from prime_jax.models import Model
+from prime_jax.models import EmbeddingModel
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.compiled import compile_ahead, compile_all, trace_ahead
 from prime_jax.predict.inputs import Vectors, sample
@@ -106,7 +106,7 @@ class Programs:
         sizes: The batch sizes to compile for, ascending.
     """
 
-    def __init__(self, model: Model, precision: Precision, sizes: Sequence[int]):
+    def __init__(self, model: EmbeddingModel, precision: Precision, sizes: Sequence[int]):
         self._model = model
         self._config = model.config
         self._precision: Precision = precision

@@ -22,6 +22,7 @@ from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.models.jasper import SteeredConfig
 from prime_jax.nn.bert import Pooling
 from prime_jax.predict.passes import forward_pass
+from prime_jax.predict.reading import ReadingPath
 from prime_jax.pretrained.bert import BertTextEncoder, check_texts, embedded
 from prime_jax.pretrained.pair import FOLDER, PairedEncoder, is_pair, load_pair
 from prime_jax.train.checkpoints import CONFIG
@@ -92,6 +93,7 @@ class TextPaths:
     def __init__(self, predictor: "Predictor"):
         self._predictor = predictor
         self._own: TextPath | None = None
+        self._read: ReadingPath | None = None
         self._given: tuple[Encoder, TextPath] | None = None
         self._named: dict[str, TextPath] = {}
         self._preparing = threading.Lock()
@@ -113,10 +115,20 @@ class TextPaths:
             PredictorError: For what is no text, too many turns, or a model that takes no turns.
             ConfigError: If there is no encoder, or it does not fit.
         """
-        most = self._predictor.model.config.max_context_length
-        contexts, queries, single = as_requests(context, query, most)
-        rows = self._path(encoder).predict(contexts, queries)
+        config = self._predictor.model.config
+        contexts, queries, single = as_requests(context, query, config.max_context_length)
+        if config.reads_text:
+            if encoder is not None:
+                raise ConfigError(f"a {config.kind} model reads texts itself; leave encoder out")
+            rows = self._reading().predict(contexts, queries)
+        else:
+            rows = self._path(encoder).predict(contexts, queries)
         return rows[0] if single else rows
+
+    def _reading(self) -> ReadingPath:
+        with self._preparing:
+            self._read = self._read or ReadingPath(self._predictor)
+            return self._read
 
     def _path(self, encoder: Encoder | str | None) -> "TextPath":
         with self._preparing:
@@ -179,14 +191,13 @@ class TextPath:
             raise ConfigError(
                 f"the encoder gives {encoder.dim} dimensions, the model takes {config.input_dim}"
             )
+        model: Any = predictor.model  # it reads embeddings
         self._predictor, self._encoder, self._config = predictor, encoder, config
-        self._prefix = str(predictor.info().get("query_prefix", ""))
-        if predictor.config is not None:
-            self._prefix = predictor.config.data.query_prefix
+        self._prefix = predictor.query_prefix
         x = encoder.x if isinstance(encoder, PairedEncoder) else encoder
         self._x = x if isinstance(x, BertTextEncoder) else None
         if self._x is not None:
-            forward = forward_pass(predictor.model)
+            forward = forward_pass(model)
             self._weights = (self._x.params, forward.lay_out("float32"))
             graph, pooling = self._x.graph, self._x.pooling  # its own precision: what its identity names
             predict = forward.program("float32", "float32")

@@ -24,8 +24,9 @@ from prime_jax import files
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.nn.bert import Pooling, pool
 from prime_jax.nn.encoder_products import EncoderPrecision, dtype_of, has_fused_attention
+from prime_jax.nn.encoders import EncoderModel, build_encoder
 from prime_jax.nn.remat import Remat
-from prime_jax.pretrained.families import EncoderModel, build_encoder, load_encoder_model, read_encoder_config
+from prime_jax.pretrained.families import load_encoder_model, read_encoder_config
 from prime_jax.pretrained.sentence_folder import SentenceFolder
 from prime_jax.pretrained.weights import weight_files
 

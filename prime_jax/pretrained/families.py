@@ -1,22 +1,19 @@
-"""The families of text encoders, the one list of them: how each is configured, built, read and written."""
+"""The folders of text encoders: how each family is configured, read and written."""
 
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
 from prime_jax import files
 from prime_jax.errors import DataError
-from prime_jax.nn.bert import BertConfig, BertModel
-from prime_jax.nn.modern_bert import ModernBertConfig, ModernBertModel
+from prime_jax.nn.bert import BertConfig
+from prime_jax.nn.encoders import EncoderConfig, EncoderModel
+from prime_jax.nn.modern_bert import ModernBertConfig
 from prime_jax.pretrained.bert_weights import Tensor, bert_tensors, load_bert
 from prime_jax.pretrained.modern_bert_weights import load_modern_bert, modern_bert_tensors
-
-EncoderConfig = BertConfig | ModernBertConfig
-EncoderModel = BertModel | ModernBertModel
 
 
 def read_encoder_config(folder: Path) -> EncoderConfig:
@@ -29,15 +26,6 @@ def read_encoder_config(folder: Path) -> EncoderConfig:
     fields = files.read_json(path, DataError)
     modern = isinstance(fields, dict) and fields.get("model_type") == "modernbert"
     return (ModernBertConfig if modern else BertConfig).parse(fields, str(path))
-
-
-def build_encoder(
-    config: EncoderConfig, dtype: DTypeLike, *, tf32: bool = False, fused: bool = False
-) -> EncoderModel:
-    """The model with random weights; `tf32` and `fused` as of its class."""
-    if isinstance(config, ModernBertConfig):
-        return ModernBertModel(config, dtype=dtype, rngs=nnx.Rngs(0), tf32=tf32, fused=fused)
-    return BertModel(config, dtype=dtype, rngs=nnx.Rngs(0), tf32=tf32, fused=fused)
 
 
 def load_encoder_model(folder: Path, config: EncoderConfig, dtype: DTypeLike = jnp.float32) -> EncoderModel:

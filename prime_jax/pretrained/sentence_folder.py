@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 from prime_jax import files
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.nn.bert import Pooling
+from prime_jax.pretrained.tokenizer import read_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -99,19 +100,8 @@ class SentenceFolder(NamedTuple):
             DataError: If it is missing, damaged, or has ids the model has no embedding for.
             ConfigError: If the `tokenizers` package is not installed.
         """
-        try:
-            from tokenizers import Tokenizer
-        except ImportError:
-            raise ConfigError(
-                'encoding text needs the tokenizers package: pip install "prime-jax[text]"'
-            ) from None
         path = self.transformer / "tokenizer.json"
-        if not path.is_file():
-            raise DataError(f"{path}: the file is missing")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as broken:  # the library raises nothing more special
-            raise DataError(f"{path}: not a readable tokenizer ({broken})") from None
+        tokenizer = read_tokenizer(path)
         highest = max(tokenizer.get_vocab().values())
         if highest >= vocab_size:
             raise DataError(f"{path}: has token id {highest}, config.json says vocab_size {vocab_size}")

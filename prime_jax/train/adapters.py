@@ -13,6 +13,23 @@ from jaxtyping import Array, Key
 LAYERS = "layers"
 
 
+def layers_of(params: Any) -> Any | None:
+    """The layers among a model's parameters, at the top or in one of its parts; None where it has none."""
+    found = None
+    if isinstance(params, dict):
+        parts = [params, *(part for part in params.values() if isinstance(part, dict))]
+        found = next((part[LAYERS] for part in parts if LAYERS in part), None)
+    return found
+
+
+def with_layers(params: Any, layers: Any) -> Any:
+    """A model's parameters with other layers in the place of `layers_of`."""
+    if LAYERS in params:
+        return {**params, LAYERS: layers}
+    owner = next(name for name, part in params.items() if isinstance(part, dict) and LAYERS in part)
+    return {**params, owner: {**params[owner], LAYERS: layers}}
+
+
 def initial_adapters(key: Key[Array, ""], params: Any, rank: int) -> Any:
     """Adapters for a model's layers that change nothing yet: `a` is random, `b` zero.
 
@@ -33,7 +50,7 @@ def initial_adapters(key: Key[Array, ""], params: Any, rank: int) -> Any:
                 found[name] = beside(below, jax.random.fold_in(key, number))
         return {name: low for name, low in found.items() if low}
 
-    return beside(params[LAYERS], key)
+    return beside(layers_of(params), key)
 
 
 def with_adapters(params: Any, adapters: Any | None) -> Any:
@@ -47,9 +64,9 @@ def with_adapters(params: Any, adapters: Any | None) -> Any:
                 return tree + jnp.matmul(low["a"], low["b"], precision=jax.lax.Precision.HIGHEST)
         return {name: add(below, low[name]) if name in low else below for name, below in tree.items()}
 
-    return {**params, LAYERS: add(params[LAYERS], adapters)}
+    return with_layers(params, add(layers_of(params), adapters))
 
 
 def without_gradient(params: Any) -> Any:
     """A model's parameters, the layers held fixed."""
-    return {**params, LAYERS: jax.lax.stop_gradient(params[LAYERS])}
+    return with_layers(params, jax.lax.stop_gradient(layers_of(params)))

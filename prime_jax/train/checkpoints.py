@@ -7,7 +7,7 @@ With several processes all of them write arrays, each its own shards; the first 
 """
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields
@@ -30,7 +30,6 @@ from prime_jax.models import Model
 from prime_jax.models.confidence import Confidence, write_confidence
 from prime_jax.models.subspace import CENTROIDS
 from prime_jax.nn.target_head import initial_head
-from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.train.collective import barrier, is_main
 from prime_jax.train.items import check_written, read_item, read_item_here
 from prime_jax.train.plain_paths import plain_path, relink
@@ -154,7 +153,7 @@ class Checkpoints:
         facts: Mapping[str, Any],
         negatives: Table | None = None,
         confidence: Confidence | None = None,
-        encoder: Path | None = None,
+        copied: Sequence[Path] = (),
         hybrid: Any | None = None,
     ) -> None:
         """Start writing a checkpoint; when it is complete, all but the newest and the best are dropped.
@@ -165,7 +164,8 @@ class Checkpoints:
             facts: For the manifest; must hold `metrics`.
             negatives: The mined negatives in use, `[n, K]`.
             confidence: How far its predictions can be trusted.
-            encoder: Folder of the encoders that were trained along; it must stay until this is complete.
+            copied: Files and folders that go with it, such as a tokenizer or the encoders that were trained
+                along, by their own names; they must stay until this is complete.
             hybrid: What `HybridTrainer.saved` gave, of a run that is watched.
 
         Raises:
@@ -189,7 +189,7 @@ class Checkpoints:
         except Exception as failed:  # Orbax and TensorStore raise many kinds
             raise _unwritten(folder, failed) from failed
         self._writing = self._finisher.submit(
-            self._finish, folder, list(items), config, dict(facts), step, confidence, encoder
+            self._finish, folder, list(items), config, dict(facts), step, confidence, copied
         )
 
     def wait(self) -> None:
@@ -227,7 +227,7 @@ class Checkpoints:
         facts: dict[str, Any],
         step: int,
         confidence: Confidence | None,
-        encoder: Path | None,
+        copied: Sequence[Path],
     ) -> None:
         """Wait for the arrays, vouch for them, drop what is no longer needed."""
         try:
@@ -238,8 +238,8 @@ class Checkpoints:
             write_text(folder / CONFIG, to_yaml(config))
             if confidence is not None:
                 write_confidence(folder, confidence)
-            if encoder is not None:
-                shutil.copytree(encoder, folder / ENCODER)
+            for source in copied:
+                (shutil.copytree if source.is_dir() else shutil.copyfile)(source, folder / source.name)
             write_manifest(folder, KIND, step=step, **facts)
             keep = {kept.step for kept in (latest(self._run), best(self._run)) if kept}
             for old in list_checkpoints(self._run):

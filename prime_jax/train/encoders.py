@@ -16,10 +16,10 @@ from prime_jax.config import Config, TrainingConfig
 from prime_jax.data.encode import Encoder
 from prime_jax.errors import ConfigError
 from prime_jax.nn.bert import Pooling
+from prime_jax.nn.encoders import EncoderModel
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
 from prime_jax.pretrained.bert import BertTextEncoder, embedded
-from prime_jax.pretrained.families import EncoderModel
 from prime_jax.pretrained.pair import PairedEncoder
 from prime_jax.types import Batch, Texts
 

@@ -15,10 +15,11 @@ from jaxtyping import Array, Float
 
 from prime_jax.losses.corpus import Corpus
 from prime_jax.losses.objective import Objective
+from prime_jax.models.base import embeddings_of
 from prime_jax.nn.remat import Remat
 from prime_jax.train.adapters import without_gradient
 from prime_jax.train.state import MODEL, Graph, trained_weights
-from prime_jax.train.step import apart, whole_weights
+from prime_jax.train.step import Inputs, apart, whole_weights
 from prime_jax.turns import one_turn, rejoined
 from prime_jax.types import Batch, Prediction
 
@@ -44,6 +45,7 @@ def make_judged_loss(
     remat: Remat = "none",
     micro_batch: int = 0,
     layers_frozen: bool = False,
+    inputs_of: Callable[[Batch], Inputs] = embeddings_of,
 ) -> Callable[[Any, Given], Float[Array, ""]]:
     """Build `loss(weights, given)`, to be jitted and differentiated by whoever uses it.
 
@@ -54,6 +56,7 @@ def make_judged_loss(
         remat: What the backward pass recomputes.
         micro_batch: Rows whose activations are held at a time, those of a smaller batch too; 0: all.
         layers_frozen: Whether the transformer layers get no gradient.
+        inputs_of: What the model reads of a batch.
     """
 
     def loss(params: Any, given: Given) -> Float[Array, ""]:
@@ -61,7 +64,7 @@ def make_judged_loss(
         weights, own = apart(whole_weights(params, mesh))
         if layers_frozen:
             weights = {**weights, MODEL: without_gradient(weights[MODEL])}
-        inputs = (batch.context, batch.query, batch.context_mask)
+        inputs = inputs_of(batch)
         turns = max(1, batch.query.shape[0] // micro_batch) if micro_batch else 1
 
         def predict(inputs: Any) -> Prediction:

@@ -17,6 +17,7 @@ from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
 from prime_jax.locks import Ownership
 from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
+from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
 from prime_jax.train.collective import any_process, barrier, is_main, say
@@ -30,6 +31,7 @@ from prime_jax.train.program import TrainingProgram
 from prime_jax.train.state import build_graph
 from prime_jax.train.steered_plots import plot_steering
 from prime_jax.train.step import Metrics
+from prime_jax.train.text_start import completed, packed_batches
 from prime_jax.train.trackers import open_trackers
 from prime_jax.train.validate import Validated, Validator
 
@@ -70,6 +72,7 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
         CheckpointError: If the run folder cannot be read or written; what was complete before stays so.
         PredictorError: If the loss is no longer a finite number.
     """
+    config = completed(config)
     setup.check_folder(config, out, resume)
     with setup.held(out) as holding:
         setup.check_folder(config, out, resume)  # another run may have ended here in between
@@ -93,7 +96,7 @@ class _Run:
 
     def __init__(self, config: Config, out: Path, prepared: setup.Prepared, holding: Ownership | None = None):
         self.holding = holding
-        settings, (data, facts, steering, texts, watching) = config.train, prepared
+        settings, (data, facts, steering, texts, watching, start) = config.train, prepared
         self.config, self.out, self.data, self.facts, self.texts = config, out, data, facts, texts
         batch_size, positives = settings.batch_size, settings.positives
         self.epoch_steps = steps_per_epoch(data, "train", batch_size=batch_size, positives=positives)
@@ -112,6 +115,7 @@ class _Run:
             positives=positives,
             steering=None if steering is None else setup.steered_rows(config, data, steering),
             tokens=None if texts is None else texts.tokens,
+            conversations=packed_batches(config, data, "train"),
         )
         self.program = TrainingProgram(
             config,
@@ -121,7 +125,11 @@ class _Run:
             steering=steering,
             encoder=None if texts is None else texts.encoder,
         )
-        self.state = self.program.initial_state(setup.starting_weights(config))
+        self.copied = () if start is None else (start.tokenizer,)
+        weights = setup.starting_weights(config)
+        if weights is None and start is not None:
+            weights = start.params
+        self.state = self.program.initial_state(weights)
         graph, mesh = build_graph(config.model, jnp.float32), self.program.mesh
         self.validate = Validator(
             graph, data, "dev", mesh, steering=steering, judge_with=config.steering.judge_with
@@ -359,16 +367,17 @@ class _Run:
         facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
         facts["select_by"] = self.config.train.select_by
         with ExitStack() as written:
-            encoder = None
+            copied = self.copied
             if self.texts is not None:
-                encoder = Path(written.enter_context(tempfile.TemporaryDirectory(dir=self.out))) / "encoder"
+                encoder = Path(written.enter_context(tempfile.TemporaryDirectory(dir=self.out))) / ENCODER
                 facts["encoder"] = self.texts.write(self.state, encoder).identity
+                copied = (encoder,)
             hybrid = None
             if self.hybrid is not None:
                 facts["hybrid"] = self.hybrid.facts
                 hybrid = self.hybrid.saved() if watched else None
-            self.saver.save(self.state, self.config, facts, self.mined, found.confidence, encoder, hybrid)
-            if encoder is not None:
+            self.saver.save(self.state, self.config, facts, self.mined, found.confidence, copied, hybrid)
+            if self.texts is not None:
                 self.saver.wait()
         if is_main():
             self.history.write_csv()

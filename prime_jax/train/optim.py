@@ -9,7 +9,7 @@ import optax
 from prime_jax.config import TrainingConfig
 from prime_jax.losses.objective import TARGET_HEAD
 from prime_jax.models.subspace import CENTROIDS
-from prime_jax.train.adapters import LAYERS
+from prime_jax.train.adapters import layers_of, with_layers
 from prime_jax.train.encoders import X, Y
 from prime_jax.train.state import MODEL
 
@@ -63,8 +63,9 @@ def _moved(without_layers: bool, without_y: bool, params: Any) -> Any:
     kept = jax.tree.map(lambda _: True, params)
     if Y in kept:
         kept[Y] = jax.tree.map(lambda _: not without_y, kept[Y])
-    if without_layers and LAYERS in kept.get(MODEL, {}):
-        kept[MODEL][LAYERS] = jax.tree.map(lambda _: False, kept[MODEL][LAYERS])
+    layers = layers_of(kept.get(MODEL))
+    if without_layers and layers is not None:
+        kept[MODEL] = with_layers(kept[MODEL], jax.tree.map(lambda _: False, layers))
     return kept
 
 
@@ -79,13 +80,13 @@ def _paced(config: TrainingConfig) -> optax.GradientTransformation:
 
     def scale(updates: Any, params: Any = None) -> Any:
         paced = {name: _scaled(shares.get(name, 1.0), part) for name, part in updates.items()}
-        layers = updates.get(MODEL, {}).get(LAYERS)
+        layers = layers_of(updates.get(MODEL))
         if layers is not None and (of_layers, config.layer_decay) != (1.0, 1.0):
             of_layer = {
                 name: of_layers * config.layer_decay ** (len(layers) - 1 - int(name)) for name in layers
             }
             slowed = {name: _scaled(of_layer[name], layer) for name, layer in layers.items()}
-            paced[MODEL] = {**updates[MODEL], LAYERS: slowed}
+            paced[MODEL] = with_layers(updates[MODEL], slowed)
         return paced
 
     return optax.stateless(scale)

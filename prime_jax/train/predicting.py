@@ -1,6 +1,7 @@
 """Predictions of a whole split with the parameters of a state."""
 
 import copy
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,9 +10,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset, gather
+from prime_jax.data.sequences import Sequences, packed_into
+from prime_jax.pretrained.bert import TOKENS_PER_BATCH, TOKENS_PER_BATCH_ELSEWHERE
 from prime_jax.train.sharding import by_rows, replicated, spread_out
 from prime_jax.train.state import Graph, TrainState
-from prime_jax.types import Prediction
+from prime_jax.types import Conversations, Prediction
 
 ROWS = 256
 
@@ -37,13 +40,19 @@ class SplitPredictor:
         mesh: Mesh,
         examples: Int64[np.ndarray, " n"] | None = None,
     ):
-        def forward(params: object, context: Array, query: Array, mask: Array) -> Prediction:
-            prediction: Prediction = nnx.merge(graph, params).details(context, query, mask)
+        def forward(params: object, *inputs: Any) -> Prediction:
+            prediction: Prediction = nnx.merge(graph, params).details(*inputs)
             return prediction
 
         self._mesh, self._store, self._split, self._name = mesh, data.store, data.splits[split], split
         self._examples = np.arange(len(self._split)) if examples is None else examples
+
+        def forward_packed(params: object, *inputs: Any) -> Array:
+            vectors: Array = nnx.merge(graph, params).packed(Conversations(*inputs))
+            return vectors.reshape(-1, vectors.shape[-1])
+
         self._predict = jax.jit(forward, out_shardings=replicated(mesh))
+        self._predict_packed = jax.jit(forward_packed, out_shardings=replicated(mesh))
 
     def over(self, data: EmbeddedDataset) -> "SplitPredictor":
         """The same split of other data of the same size, by the program that is compiled already."""
@@ -57,6 +66,9 @@ class SplitPredictor:
 
     def details(self, state: TrainState) -> Prediction:
         """Predictions with their routing where the model has a router, as numpy arrays, in every process."""
+        if self._split.sequences is not None:
+            vectors: Any = self._read(self._split.sequences, state)
+            return Prediction(vectors)
         split, count, devices = self._split, len(self._examples), self._mesh.size
         rows = -(-min(ROWS, count) // devices) * devices
         parts = []
@@ -68,3 +80,17 @@ class SplitPredictor:
             parts.append(jax.tree.map(np.asarray, self._predict(state.predicting, *inputs)))
         whole: Prediction = jax.tree.map(lambda *pieces: np.concatenate(pieces)[:count], *parts)
         return whole
+
+    def _read(self, sequences: Sequences, state: TrainState) -> Vectors:
+        """Predictions of a model that reads text: everything is packed, then read some rows at a time."""
+        longest = int(sequences.lengths.max(initial=1))
+        tokens = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH_ELSEWHERE)
+        rows = self._mesh.size * max(1, tokens // longest)
+        whole = packed_into(sequences, self._examples, width=longest, multiple=rows)
+        parts = []
+        for start in range(0, len(whole.tokens), rows):
+            chunk = [field[start : start + rows] for field in whole[:-1]]
+            inputs = spread_out((*chunk, np.zeros(rows, np.int32)), by_rows(self._mesh))
+            parts.append(np.asarray(self._predict_packed(state.predicting, *inputs)))
+        found: Vectors = np.concatenate(parts)[whole.slots]
+        return found

@@ -97,6 +97,7 @@ class TrainingProgram:
             average_weights=settings.average_weights,
             layers_frozen=layers_frozen(settings),
             encoders=None if encoder is None else encoder_plan(encoder, settings),
+            inputs_of=config.model.inputs_of,
             compute_dtype=dtype,
         )
         graph = build_graph(config.model, dtype)
@@ -105,7 +106,7 @@ class TrainingProgram:
         self._corpus: Corpus | None = None
         if settings.negatives == "corpus":
             self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh)
-        self._compiled: dict[tuple[int, ...], Any] = {}  # by the length of the texts, where there are any
+        self._compiled: dict[tuple[int, ...], Any] = {}  # by the shape of the texts, where there are any
 
     def initial_state(self, weights: Any | None = None) -> TrainState:
         """A fresh state, made where it will live: no device ever holds what it does not keep.
@@ -160,7 +161,7 @@ class TrainingProgram:
             ConfigError: At the first call, if the memory of a device will not suffice.
         """
         placed = split_batch(batch, self.mesh)
-        shape = () if batch.texts is None else batch.texts.asked.tokens.shape
+        shape = _shape_of_texts(batch)
         if shape not in self._compiled:
             self._compiled[shape] = self._compile(state, placed)
         answer: tuple[TrainState, Metrics] = self._compiled[shape](state, placed, self._corpus)
@@ -192,6 +193,13 @@ class TrainingProgram:
         say(memory.describe(needs, limit))
         memory.check(needs, limit, self._config)
         return compiled
+
+
+def _shape_of_texts(batch: Batch) -> tuple[int, ...]:
+    """What differs from batch to batch."""
+    if batch.conversations is not None:
+        return tuple(batch.conversations.tokens.shape)
+    return () if batch.texts is None else tuple(batch.texts.asked.tokens.shape)
 
 
 def _put(params: Any, shardings: Any, place: Place, tensor: Any) -> None:

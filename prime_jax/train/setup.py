@@ -33,6 +33,7 @@ from prime_jax.train.optim import warmup_steps
 from prime_jax.train.plain_paths import plain_path
 from prime_jax.train.reencoding import TrainedTexts
 from prime_jax.train.state import pure_params
+from prime_jax.train.text_start import TextStart, text_start
 
 Facts = dict[str, Any]
 
@@ -147,6 +148,7 @@ class Prepared(NamedTuple):
         steering: Of a steered model, otherwise None.
         texts: Where encoders are trained, otherwise None.
         watching: How the run is watched, otherwise None; the data has a split "control" then.
+        text_start: What a model that reads text starts from, otherwise None.
     """
 
     data: EmbeddedDataset
@@ -154,6 +156,7 @@ class Prepared(NamedTuple):
     steering: Steering | None
     texts: TrainedTexts | None = None
     watching: HybridConfig | None = None
+    text_start: TextStart | None = None
 
 
 def prepared(config: Config) -> Prepared:
@@ -201,6 +204,9 @@ def prepared(config: Config) -> Prepared:
         start = trainable(encoder, config)
         facts["encoder_start"] = encoder.identity
         return Prepared(data, facts, None, TrainedTexts(config, dataset, start, store))
+    if config.model.reads_text:
+        data, start_text = text_start(config, dataset, data, encoder)
+        return Prepared(data, facts, None, text_start=start_text)
     if watching is not None:
         data = with_control(
             data,

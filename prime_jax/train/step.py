@@ -5,6 +5,7 @@ With a micro-batch, activations are held for that many rows at a time and the lo
 gradient, a second pass predicts again, with the same dropout, and carries these gradients to the weights.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +20,7 @@ from jaxtyping import Array
 
 from prime_jax.losses import AnyObjective
 from prime_jax.losses.corpus import Corpus
+from prime_jax.models.base import embeddings_of
 from prime_jax.nn.remat import Remat
 from prime_jax.nn.target_head import ema, ema_decay
 from prime_jax.train.adapters import without_gradient
@@ -30,7 +32,7 @@ from prime_jax.turns import one_turn, rejoined
 from prime_jax.types import Batch, Prediction
 
 Metrics = dict[str, Array]
-Inputs = tuple[Array, Array, Array]  # context, query, context_mask
+Inputs = tuple[Any, ...]  # what a model reads, such as context, query and context_mask
 _ROTATION = 2**31 - 1  # tells its random numbers from those of dropout
 
 
@@ -48,6 +50,7 @@ class StepPlan:
         epoch_steps: Length of an epoch, for what moves with epochs.
         layers_frozen: Whether the transformer layers get no gradient.
         encoders: How texts are embedded, where encoders are trained.
+        inputs_of: What the model reads of a batch.
         compute_dtype: Dtype of the models' products, in which shared matrices are gathered.
     """
 
@@ -60,6 +63,7 @@ class StepPlan:
     epoch_steps: int = 1
     layers_frozen: bool = False
     encoders: EncoderPlan | None = None
+    inputs_of: Callable[[Batch], Inputs] = embeddings_of
     compute_dtype: DTypeLike = jnp.float32
 
 
@@ -107,12 +111,12 @@ def make_train_step(
 
     def loss_and_gradient(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        inputs = (batch.context, batch.query, batch.context_mask)
+        inputs = plan.inputs_of(batch)
         done = state.step / plan.total_steps
         models, own = apart(state.params)
         turned = None
         if plan.rotation:
-            turned = random_rotation(jax.random.fold_in(key, _ROTATION), inputs[1].shape[1], plan.rotation)
+            turned = random_rotation(jax.random.fold_in(key, _ROTATION), batch.query.shape[1], plan.rotation)
         turns = batch.query.shape[0] // plan.micro_batch if plan.micro_batch else 1
 
         def loss(prediction: Prediction, own: Any, batch: Batch = batch) -> tuple[Array, Metrics]:
@@ -134,8 +138,7 @@ def make_train_step(
                 if plan.encoders is None:
                     return loss(predict(models, inputs, key, turned, done), own)
                 seen = plan.encoders.embed(whole_weights(models, mesh, plan.compute_dtype), batch)
-                given = (seen.context, seen.query, seen.context_mask)
-                return loss(predict(models, given, key, turned, done), own, seen)
+                return loss(predict(models, plan.inputs_of(seen), key, turned, done), own, seen)
 
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient

@@ -1,0 +1,81 @@
+"""Predictions of a model that reads text: query and turns in one sequence, one pass of its encoder.
+
+A single request is padded to one of a few lengths; many are packed. For each shape that occurs a program is
+compiled.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from prime_jax.data.conversations import ConversationTokenizer
+from prime_jax.data.sequences import packed_into
+from prime_jax.errors import ConfigError
+from prime_jax.models.text import TextPredictor
+from prime_jax.pretrained.bert import BUCKETS, TOKENS_PER_BATCH, TOKENS_PER_BATCH_ELSEWHERE
+from prime_jax.types import Conversations
+
+if TYPE_CHECKING:
+    from prime_jax.predict.predictor import Predictor
+
+TOKENIZER = "tokenizer.json"
+
+
+class ReadingPath:
+    """Predicts from texts with a `TextPredictor`.
+
+    Args:
+        predictor: Holds the model; its checkpoint or bundle has the tokenizer.
+
+    Raises:
+        ConfigError: If it was not loaded from a folder that has one.
+        DataError: If the tokenizer is damaged or another one.
+    """
+
+    def __init__(self, predictor: "Predictor"):
+        model, source = predictor.model, predictor.info().get("source")
+        assert isinstance(model, TextPredictor)
+        if source is None:
+            raise ConfigError("a text predictor in memory has no tokenizer; load it from a run or a bundle")
+        self.tokenizer = ConversationTokenizer.of_model(model.config, Path(source) / TOKENIZER)
+        self._config = model.config
+        self._prefix = predictor.query_prefix
+        graph, params = nnx.split(model)
+        self._params = nnx.to_pure_dict(params)
+
+        def one(params: Any, tokens: Array, mask: Array) -> Array:
+            answer: Array = nnx.merge(graph, params)(tokens, mask)
+            return answer
+
+        def many(params: Any, conversations: Conversations) -> Array:
+            vectors: Array = nnx.merge(graph, params).packed(conversations)
+            return vectors.reshape(-1, vectors.shape[-1])
+
+        self._one, self._many = jax.jit(one), jax.jit(many)
+
+    def predict(self, contexts: Sequence[Sequence[str]], queries: Sequence[str]) -> Float[np.ndarray, "B E"]:
+        """Predictions for checked requests: turns, oldest first, and a query each."""
+        if not queries:
+            return np.zeros((0, self._config.output_dim), np.float32)
+        sequences = self.tokenizer(contexts, [self._prefix + query for query in queries])
+        longest = int(sequences.lengths.max())
+        most = self._config.max_tokens
+        width = next(size for size in (*(size for size in BUCKETS if size < most), most) if size >= longest)
+        if len(queries) == 1:
+            tokens = sequences.padded(np.zeros(1, np.int64), width)
+            return np.asarray(self._one(self._params, tokens, np.arange(width)[None] < longest))
+        budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH_ELSEWHERE)
+        rows = max(1, budget // width)
+        whole = packed_into(sequences, np.arange(len(queries)), width=width, multiple=rows)
+        nothing = np.zeros(rows, np.int32)
+        parts = []
+        for start in range(0, len(whole.tokens), rows):
+            chunk: Any = (*(field[start : start + rows] for field in whole[:-1]), nothing)
+            parts.append(np.asarray(self._many(self._params, Conversations(*chunk))))
+        found: Float[np.ndarray, "B E"] = np.concatenate(parts)[whole.slots]
+        return found

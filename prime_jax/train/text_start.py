@@ -1,0 +1,96 @@
+"""How a text predictor starts: as the encoder that its memory was made with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from prime_jax.config import Config
+from prime_jax.data.conversations import ConversationTokenizer, with_sequences
+from prime_jax.data.embedded import EmbeddedDataset
+from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.data.records import Dataset
+from prime_jax.data.sequences import PackedBatches
+from prime_jax.errors import ConfigError
+from prime_jax.models.text import ROLES, TextConfig
+from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.pretrained.families import read_encoder_config
+from prime_jax.train.collective import say
+
+TOKENIZER = "tokenizer.json"  # in an encoder's folder, a checkpoint and a bundle
+
+
+@dataclass(frozen=True)
+class TextStart:
+    """What a run needs besides the data where the model reads text.
+
+    Attributes:
+        params: Parameters of the model to start from, float32, nested dicts.
+        tokenizer: The file that goes with every checkpoint.
+    """
+
+    params: Any
+    tokenizer: Path
+
+
+def completed(config: Config) -> Config:
+    """The configuration with what a text predictor takes from `data.encoder`; of other models as it is.
+
+    Raises:
+        ConfigError: If there is no such encoder, or it is none that can be trained.
+        DataError: If the encoder's folder is incomplete or damaged.
+    """
+    if not isinstance(config.model, TextConfig):
+        return config
+    encoder = _trainable(load_encoder(config.data.encoder), config)
+    source, file = encoder.source, encoder.source.transformer / TOKENIZER
+    taken = {
+        "encoder": read_encoder_config(source.transformer),
+        "pooling": encoder.pooling,
+        "lower_case": source.lower_case,
+        "separator_id": ConversationTokenizer.of_model(config.model, file).separator,
+    }
+    model = TextConfig.model_validate({**config.model.model_dump(), **taken})
+    return config.model_copy(update={"model": model})
+
+
+def text_start(
+    config: Config, dataset: Dataset, data: EmbeddedDataset, encoder: Encoder
+) -> tuple[EmbeddedDataset, TextStart]:
+    """The data with its conversations as token ids, and what the model starts from."""
+    model, start = config.model, _trainable(encoder, config)
+    assert isinstance(model, TextConfig)
+    file = start.source.transformer / TOKENIZER
+    tokenizer = ConversationTokenizer.of_model(model, file)
+    data = with_sequences(dataset, data, tokenizer, config.data.query_prefix)
+    if tokenizer.cut:
+        everything = sum(len(split) for split in data.splits.values())
+        say(
+            f"{tokenizer.cut:,} of {everything:,} conversations are longer than {model.max_tokens} tokens; "
+            "their oldest words are not read"
+        )
+    params: dict[str, Any] = {
+        "encoder": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), start.params)
+    }
+    if model.roles:
+        params["roles"] = np.zeros((ROLES, model.output_dim), np.float32)
+    return data, TextStart(params, file)
+
+
+def packed_batches(config: Config, data: EmbeddedDataset, split: str) -> PackedBatches | None:
+    """What packs the conversations of a split into batches; None for a model that reads embeddings."""
+    sequences, settings = data.splits[split].sequences, config.train
+    if sequences is None or not isinstance(config.model, TextConfig):
+        return None
+    micro_batches = settings.batch_size // settings.micro_batch_size if settings.micro_batch_size else 1
+    return PackedBatches(sequences, config.model.max_tokens, micro_batches, jax.local_device_count())
+
+
+def _trainable(encoder: Encoder, config: Config) -> BertTextEncoder:
+    if not isinstance(encoder, BertTextEncoder):
+        raise ConfigError(
+            f"data.encoder {config.data.encoder!r} cannot be trained here: give minilm or a model folder"
+        )
+    return encoder
