@@ -223,9 +223,9 @@ def split_arrays(
             texts = [source.query_prefix + _with_last_turn(example) for example in dataset.splits[name]]
             encode_texts(texts, encoder, embedded.store)
             last_turn = embedded.store[embedded.store.rows(texts)]
-        texts = context_texts(dataset, embedded, name), [one.query for one in dataset.splits[name]]
+        words = context_texts(dataset, embedded, name), [one.query for one in dataset.splits[name]]
         arrays[name] = Split(
-            query, context, mask, part.positives, last_turn, part.exclude, part.scope, *texts
+            query, context, mask, part.positives, last_turn, part.exclude, part.scope, *words
         )
     return arrays
 
