@@ -15,10 +15,11 @@ Its rows:
 - and for each --config, under its file's name, our predictor, trained and evaluated as `prime_jax.train`
   and `prime_jax.evaluate` do.
 
-Unseen are queries none of whose right answers is one in train. Milliseconds are those of one question
-alone, from its texts to the vector to search with; "turns kept" is without the embeddings of turns, which a
-memory has from when they were said. Megabytes are those of the weights a question needs. Other options are
-settings on top of every configuration (--data.store=DIR); all of them must read the data in the same way.
+Baselines are tuned and epochs chosen on dev, so figures of --split dev flatter both. Unseen are queries
+none of whose right answers is one in train. Milliseconds are those of one question alone, from its texts to
+the vector to search with; "turns kept" is without the embeddings of turns, which a memory has from when
+they were said. Megabytes are those of the weights a question needs. Other options are settings on top of
+every configuration (--data.store=DIR); all of them must read the data in the same way.
 
 A finished cell (a method with a seed) is in the file at once, and the same command goes on from there. The
 rows of sentence-transformers need packages (`rivals_sentence_transformers.py`); --only runs others without
@@ -39,7 +40,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import facts
-from benchmarks.rivals_methods import Method, Task, open_task, ours, untrained_methods
+from benchmarks.rivals_methods import FineTuning, Method, Task, open_task, ours, untrained_methods
 from benchmarks.rivals_table import against, as_json, markdown, mean_figures, row_of
 from prime_jax.config import Config, read_config
 from prime_jax.errors import DataError, PredictorError
@@ -55,6 +56,7 @@ SENTENCE_TRANSFORMERS = {
     "sentence_transformers_query": "query_side",
     "sentence_transformers_both": "both_sides",
 }
+THEIRS = "of sentence-transformers"
 _INSTALL = 'pip install "sentence-transformers[train]" torch==2.13.0'
 _ELSEWHERE: Any = {"data": {"path", "store"}, "train": {"seed"}}  # what a cell does not depend on
 
@@ -64,7 +66,7 @@ def say(words: str) -> None:
     print(words, file=sys.stderr, flush=True)
 
 
-def sentence_transformers_methods(task: Task, epochs: int, learning_rate: float) -> list[Method]:
+def sentence_transformers_methods(task: Task, options: FineTuning) -> list[Method]:
     """Its two rows; what they need is imported when they run."""
     missing = [name for name in ("sentence_transformers", "datasets", "accelerate") if not find_spec(name)]
     lacking = f"{missing[0]} is not installed; run: {_INSTALL}" if missing else None
@@ -72,11 +74,10 @@ def sentence_transformers_methods(task: Task, epochs: int, learning_rate: float)
     def run(function: str, seed: int) -> Any:
         from benchmarks import rivals_sentence_transformers as theirs
 
-        return getattr(theirs, function)(task, theirs.Options(epochs, learning_rate), seed)
+        return getattr(theirs, function)(task, options, seed)
 
-    settings = {"epochs": epochs, "learning_rate": learning_rate}
     return [
-        Method(name, partial(run, function), settings, seeded=True, lacking=lacking)
+        Method(name, partial(run, function), options._asdict(), seeded=True, lacking=lacking)
         for name, function in SENTENCE_TRANSFORMERS.items()
     ]
 
@@ -129,17 +130,15 @@ def run_missing(methods: Sequence[Method], seeds: Sequence[int], result: dict[st
     cells = result.setdefault("cells", {})
     todo = []
     for method in methods:
-        settings = json.loads(json.dumps(method.settings))
-        for seed in seeds if method.seeded else seeds[:1]:
-            key = str(seed) if method.seeded else "any"
-            known = cells.get(method.name, {}).get(key)
-            if known is None:
-                todo.append((method, seed, key, settings))
-            elif known["settings"] != settings:
+        settings, known = json.loads(json.dumps(method.settings)), cells.get(method.name, {})
+        for key, cell in known.items():  # of other seeds, too: a row is the mean of one thing
+            if cell["settings"] != settings:
                 raise DataError(
                     f"{out}: {method.name}, seed {key}, was made with other settings "
-                    f"({_difference(known['settings'], settings)}); choose another --out"
+                    f"({_difference(cell['settings'], settings)}); choose another --out"
                 )
+        wanted = {str(seed): seed for seed in seeds} if method.seeded else {"any": 0}
+        todo += [(method, seed, key, settings) for key, seed in wanted.items() if key not in known]
     for number, (method, seed, key, settings) in enumerate(todo, start=1):
         say(f"[{number}/{len(todo)}] {method.name}, seed {key}")
         started = time.perf_counter()
@@ -172,10 +171,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", choices=("test", "dev"), default="test")
-    parser.add_argument("--epochs", type=int, default=3, help="of sentence-transformers")
-    parser.add_argument("--learning-rate", type=float, default=1.5e-4, help="of sentence-transformers")
+    parser.add_argument("--epochs", type=int, default=FineTuning().epochs, help=THEIRS)
+    parser.add_argument("--learning-rate", type=float, default=FineTuning().learning_rate, help=THEIRS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run")
     given, settings = parser.parse_known_args(argv)
+    if given.epochs < 1 or given.learning_rate <= 0:
+        parser.error("--epochs must be 1 or more, --learning-rate above 0")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs a part of a GPU, too
     try:
         with exclusive(given.out, "a table", lock=given.out.with_name(f".{given.out.name}.lock")):
@@ -196,7 +197,7 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
         if config.data != first.data:
             raise DataError(f"--config {name}: reads the data in another way than {next(iter(configs))}")
     task = open_task(first, given.split)
-    theirs = sentence_transformers_methods(task, given.epochs, given.learning_rate)
+    theirs = sentence_transformers_methods(task, FineTuning(given.epochs, given.learning_rate))
     rivals = [*untrained_methods(task), *theirs]
     if taken := {method.name for method in rivals} & set(configs):
         raise DataError(f"--config {taken.pop()}: a rival has this name; give the file another one")

@@ -89,6 +89,28 @@ class Task(NamedTuple):
         return retrieve(vectors, self.data.splits[split], corpus, DEPTH)[1]
 
 
+class FineTuning(NamedTuple):
+    """How sentence-transformers trains.
+
+    Attributes:
+        epochs: Passes over train; the one that is best on dev counts.
+        learning_rate: Peak of AdamW, with a cosine after the warm-up.
+        batch_size: Rows of a step.
+        tokens: Where texts are cut.
+        temperature: Divides the cosine similarities.
+        warmup: Share of the steps.
+        weight_decay: Of AdamW.
+    """
+
+    epochs: int = 3
+    learning_rate: float = 1.5e-4
+    batch_size: int = 32
+    tokens: int = TOKENS
+    temperature: float = 0.05
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+
+
 class Cell(NamedTuple):
     """What one method did with one seed.
 

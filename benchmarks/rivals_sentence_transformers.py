@@ -16,7 +16,7 @@ import copy
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import datasets
 import numpy as np
@@ -30,27 +30,10 @@ from sentence_transformers import (
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import PrinterCallback, TrainerCallback
 
-from benchmarks.rivals_methods import FLOAT32, TOKENS, Cell, Task, milliseconds
+from benchmarks.rivals_methods import FLOAT32, Cell, FineTuning, Task, milliseconds
 from prime_jax.evaluate.baselines import mean_reciprocal_rank
 from prime_jax.files import user_path
 from prime_jax.progress import progress
-
-BATCH_SIZE = 32
-TEMPERATURE = 0.05
-WARMUP = 0.1  # of all steps
-WEIGHT_DECAY = 0.01
-
-
-class Options(NamedTuple):
-    """What a user may change.
-
-    Attributes:
-        epochs: Passes over train; the one that is best on dev counts.
-        learning_rate: Peak of AdamW, with a cosine after the warm-up.
-    """
-
-    epochs: int = 3
-    learning_rate: float = 1.5e-4
 
 
 class CorpusSoftmaxLoss(torch.nn.Module):
@@ -65,9 +48,7 @@ class CorpusSoftmaxLoss(torch.nn.Module):
         temperature: Divides the cosine similarities.
     """
 
-    def __init__(
-        self, model: Any, corpus: ndarray, positives: Sequence[ndarray], temperature: float = TEMPERATURE
-    ):
+    def __init__(self, model: Any, corpus: ndarray, positives: Sequence[ndarray], temperature: float):
         super().__init__()
         self.model, self.temperature = model, temperature
         self.register_buffer("corpus", torch.from_numpy(np.array(corpus, np.float32)))
@@ -104,18 +85,18 @@ class _Watch(TrainerCallback):
         self.scores.append(score)
 
 
-def query_side(task: Task, options: Options, seed: int) -> Cell:
+def query_side(task: Task, options: FineTuning, seed: int) -> Cell:
     """Train the encoder of conversations; passages stay as they are encoded."""
     train, model = task.data.splits["train"], _start(task)
     rows: dict[str, list[Any]] = {
         "conversation": task.conversations("train"),
         "label": list(range(len(train.query))),
     }
-    loss = CorpusSoftmaxLoss(model, task.data.corpus.embeddings[:], train.positives)
+    loss = CorpusSoftmaxLoss(model, task.data.corpus.embeddings[:], train.positives, options.temperature)
     return _cell(task, model, loss, rows, options, seed, lambda: None)
 
 
-def both_sides(task: Task, options: Options, seed: int) -> Cell:
+def both_sides(task: Task, options: FineTuning, seed: int) -> Cell:
     """Train one encoder of conversations and passages on pairs; the passages are encoded anew."""
     passages = [task.source.passage_prefix + passage.text for passage in task.dataset.corpus]
     conversations, model = task.conversations("train"), _start(task)
@@ -126,7 +107,7 @@ def both_sides(task: Task, options: Options, seed: int) -> Cell:
         for answer in answers
     ]
     rows = {"anchor": [one for one, _ in pairs], "positive": [other for _, other in pairs]}
-    loss = MultipleNegativesRankingLoss(model, scale=1 / TEMPERATURE)
+    loss = MultipleNegativesRankingLoss(model, scale=1 / options.temperature)
 
     def memory() -> ndarray:
         return _encode(model, passages, longest)
@@ -146,13 +127,13 @@ def _cell(
     model: Any,
     loss: Any,
     rows: dict[str, list[Any]],
-    options: Options,
+    options: FineTuning,
     seed: int,
     memory: Callable[[], ndarray | None],
     **more: Any,
 ) -> Cell:
     """Train, take the epoch that is best on dev, and measure it; `memory` encodes the passages anew."""
-    tokens = min(TOKENS, model.get_max_seq_length())
+    tokens = min(options.tokens, model.get_max_seq_length())
     model.max_seq_length = tokens
     dev, dev_texts = task.data.splits["dev"], task.conversations("dev")
 
@@ -165,11 +146,11 @@ def _cell(
         arguments = SentenceTransformerTrainingArguments(
             output_dir=scratch,
             num_train_epochs=options.epochs,
-            per_device_train_batch_size=BATCH_SIZE,
+            per_device_train_batch_size=options.batch_size,
             learning_rate=options.learning_rate,
-            weight_decay=WEIGHT_DECAY,
+            weight_decay=options.weight_decay,
             lr_scheduler_type="cosine",
-            warmup_steps=WARMUP,
+            warmup_steps=options.warmup,
             seed=seed,
             data_seed=seed,
             report_to="none",
