@@ -18,8 +18,9 @@ Its rows:
 Baselines are tuned and epochs chosen on dev, so figures of --split dev flatter both. Unseen are queries
 none of whose right answers is one in train. Milliseconds are those of one question alone, from its texts to
 the vector to search with; "turns kept" is without the embeddings of turns, which a memory has from when
-they were said. Megabytes are those of the weights a question needs. Other options are settings on top of
-every configuration (--data.store=DIR); all of them must read the data in the same way.
+they were said. Times hold on an idle machine alone; a cell has its load average. Megabytes are those of the
+weights a question needs. Other options are settings on top of every configuration (--data.store=DIR); all
+of them must read the data in the same way.
 
 A finished cell (a method with a seed) is in the file at once, and the same command goes on from there. The
 rows of sentence-transformers need packages (`rivals_sentence_transformers.py`); --only runs others without
@@ -143,7 +144,9 @@ def run_missing(methods: Sequence[Method], seeds: Sequence[int], result: dict[st
         say(f"[{number}/{len(todo)}] {method.name}, seed {key}")
         started = time.perf_counter()
         about = {"ours": method.ours, "settings": settings, **facts(*PACKAGES)}
-        cells.setdefault(method.name, {})[key] = {**about, **as_json(method.run(seed))}
+        cell = as_json(method.run(seed))
+        about["load"] = round(os.getloadavg()[0], 1)  # more than cores: others ran, too, and times are long
+        cells.setdefault(method.name, {})[key] = {**about, **cell}
         write_json(out, result)
         say(f"[{number}/{len(todo)}] {method.name}, seed {key}: {time.perf_counter() - started:.0f} s")
 
