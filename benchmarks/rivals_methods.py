@@ -308,7 +308,7 @@ def ours(task: Task, config: Config, seed: int) -> Cell:
     anew = settings.target != "frozen" or settings.y_encoder != "frozen"
     about = {"best_step": info["step"], "parameters": info["parameters"]}
     size = _megabytes(encoder, info["parameters"])
-    if predictor.model.config.reads_text:  # it is the encoder of a question
+    if predictor.reads_text:  # it is the encoder of a question
         size = FLOAT32 * info["parameters"] / 1e6
     return Cell(found, seconds, anew, ms, kept, size, about)
 
