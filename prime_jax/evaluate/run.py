@@ -36,6 +36,7 @@ from prime_jax.retrieval.topk import Rows
 
 _PACKAGES = ("prime-jax", "jax", "flax", "numpy", "scipy", "ir-measures")
 _TUNING = ("train", "dev")
+WORDS = 60  # of a conversation that is encoded as one text
 
 
 def evaluate_run(
@@ -233,7 +234,7 @@ def split_arrays(
             last_turn = encoded([_with_last_turn(example) for example in dataset.splits[name]])
             if name != "train":  # nothing is fitted to it
                 pairs = zip(queries, contexts, strict=True)
-                conversation = encoded(["\n".join([asked, *reversed(turns)]) for asked, turns in pairs])
+                conversation = encoded([_as_one_text(asked, turns) for asked, turns in pairs])
         arrays[name] = Split(
             query,
             context,
@@ -247,6 +248,11 @@ def split_arrays(
             conversation,
         )
     return arrays
+
+
+def _as_one_text(query: str, turns: Sequence[str]) -> str:
+    """Query and turns, the newest first; untrained encoders do worse with more of it."""
+    return " ".join(" ".join([query, *reversed(turns)]).split()[:WORDS])
 
 
 def _with_last_turn(example: Example) -> str:
