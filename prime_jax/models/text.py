@@ -167,5 +167,5 @@ class TextPredictor(nnx.Module):
 
     def _said_by(self, age: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Embedding of who said a token, by how many texts stand before its own: 0 in the query."""
-        roles: Float[Array, "B T E"] = self.roles[...][jnp.where(age == 0, 0, 2 - age % 2)]
+        roles: Float[Array, "B T E"] = self.roles[...][jnp.where(age == 0, 0, 2 - (age & 1))]
         return roles
