@@ -87,7 +87,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """The arrays of a safetensors file; the package `safetensors` does the same."""
     import numpy as np
 
-    types = {"F32": np.float32, "F16": np.float16, "BOOL": np.bool_, "U8": np.uint8}
+    types = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "BOOL": np.bool_, "U8": np.uint8}
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

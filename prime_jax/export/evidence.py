@@ -9,13 +9,17 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from prime_jax.data.conversations import ConversationTokenizer, context_texts
 from prime_jax.data.records import SPLITS
 from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.membership import Closeness, closeness, membership
 from prime_jax.evaluate.run import OpenedData, conversations, open_data, split_arrays
 from prime_jax.evaluate.significance import compare
+from prime_jax.export.interface import Arrays
 from prime_jax.export.optional import need
+from prime_jax.export.text_interface import TOKENIZER
+from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.progress import progress
 from prime_jax.retrieval.metrics import ranking_metrics
@@ -38,12 +42,14 @@ class Evidence:
         corpus: The passages as predictions search them.
         groups: Conversation of each query.
         leak: What `membership` found, or why it was not measured.
+        requests: The queries as the model's ONNX file takes them, by name of the input.
     """
 
     validation: Split
     corpus: Corpus
     groups: Int64[ndarray, " Q"]
     leak: dict[str, Any]
+    requests: Arrays
 
     def judge(self, reference: Path, candidate: Path) -> dict[str, Any]:
         """Compare what two ONNX files find on the validation split.
@@ -67,17 +73,12 @@ class Evidence:
         }
 
     def _answers(self, path: Path) -> Float32[ndarray, "Q E"]:
-        runtime, split = need("onnxruntime", "onnx"), self.validation
+        runtime, count = need("onnxruntime", "onnx"), len(self.validation.query)
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         found = []
-        with progress(f"Predicting with {path.name}", len(split.query), "queries") as advance:
-            for start in range(0, len(split.query), _ROWS):
-                rows = slice(start, start + _ROWS)
-                feeds = {
-                    "context": split.context[rows],
-                    "context_mask": split.mask[rows],
-                    "query": split.query[rows],
-                }
+        with progress(f"Predicting with {path.name}", count, "queries") as advance:
+            for start in range(0, count, _ROWS):
+                feeds = {name: array[start : start + _ROWS] for name, array in self.requests.items()}
                 found.append(session.run(["embedding"], feeds)[0])
                 advance(len(found[-1]))
         answers: Float32[ndarray, "Q E"] = np.concatenate(found)
@@ -117,7 +118,41 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
         corpus=Corpus(memory, scope, ExactIndex(memory, scope)),
         groups=conversations(opened.dataset.splits[VALIDATION]),
         leak=_leak(predictor, opened, splits, passages, memory),
+        requests=_requests(predictor, opened, splits[VALIDATION]),
     )
+
+
+def _requests(predictor: Predictor, opened: OpenedData, validation: Split) -> Arrays:
+    """What an ONNX file of the model takes for the queries of the validation split."""
+    config = predictor.model.config
+    if not isinstance(config, TextConfig):
+        return {"context": validation.context, "context_mask": validation.mask, "query": validation.query}
+    tokenizer = ConversationTokenizer.of_model(config, Path(predictor.info()["source"]) / TOKENIZER)
+    texts, queries = _texts(opened, VALIDATION)
+    sequences = tokenizer(texts, [predictor.query_prefix + query for query in queries])
+    width = int(sequences.lengths.max())
+    ids = sequences.padded(np.arange(len(sequences)), width)
+    mask = np.arange(width) < sequences.lengths[:, None]
+    return {"input_ids": ids, "attention_mask": mask.astype(np.int32)}
+
+
+def _texts(opened: OpenedData, name: str) -> tuple[list[list[str]], list[str]]:
+    """Turns and query of every example of a split."""
+    contexts = context_texts(opened.dataset, opened.embedded, name)
+    return contexts, [example.query for example in opened.dataset.splits[name]]
+
+
+def _predicted(
+    predictor: Predictor, opened: OpenedData, name: str, split: Split, rows: Int64[ndarray, " n"]
+) -> Float32[ndarray, "n E"]:
+    """Predictions for some examples of a split, from what the model reads."""
+    if not predictor.model.config.reads_text:
+        found: Float32[ndarray, "n E"] = predictor.predict(
+            split.context[rows], split.query[rows], split.mask[rows]
+        )
+        return found
+    contexts, queries = _texts(opened, name)
+    return predictor.predict_text([contexts[row] for row in rows], [queries[row] for row in rows])
 
 
 def _leak(
@@ -137,7 +172,7 @@ def _leak(
         split = splits[name]
         labels = conversations(opened.dataset.splits[name])
         rows = _sample(labels)
-        predicted = predictor.predict(split.context[rows], split.query[rows], split.mask[rows])
+        predicted = _predicted(predictor, opened, name, split, rows)
         right = [split.positives[row] for row in rows]
         to_prediction, to_query = closeness(predicted, memory, right), None
         if split.query.shape[1] == passages.shape[1]:

@@ -1,6 +1,7 @@
 """Tensors of a Hugging Face folder: one safetensors file, or shards with an index; checked when taken."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -126,10 +127,7 @@ def fill_encoder(
         DataError: If a tensor is missing, left over, or of another shape or dtype than it should be.
     """
     for slot in encoder_slots(model):
-        shape = slot.shape
-        slot.fill(
-            lambda name, shape=shape: weights.take(name, shape), dtype if slot.transposed else jnp.float32
-        )
+        slot.fill(partial(weights.take, shape=slot.shape), dtype if slot.transposed else jnp.float32)
     unread = [name for name in weights.unread() if name.startswith(belonging) and name not in known]
     if unread:
         raise DataError(f"{folder}: config.json has no place for the tensors {', '.join(unread[:3])}")
