@@ -44,8 +44,13 @@ def _replace(node: Any, quantised: dict[Any, tuple[Any, Any]], opset: int) -> No
     product = made.add("Cast", [made.add("MatMulInteger", inputs)], to=ir.DataType.FLOAT)
     product = made.add("Mul", [product, made.constant(scales, f"{matrix.name}_scales")])
     product = made.add("Mul", [product, row_scales])
-    if len(rows.shape) != 2:
-        product = made.reshaped(product, [-1, *list(rows.shape)[1:-1], weights.shape[1]])
+    middle_sizes = list(rows.shape)[1:-1]
+    if all(isinstance(size, int) for size in middle_sizes) and middle_sizes:
+        product = made.reshaped(product, [-1, *middle_sizes, weights.shape[1]])
+    elif middle_sizes:  # texts of any length
+        width = made.constant(np.array([weights.shape[1]], np.int64), f"shape_{weights.shape[1]}")
+        sizes = made.add("Concat", [made.add("Shape", [rows], end=-1), width], axis=0)
+        product = made.add("Reshape", [product, sizes])
     old = node.outputs[0]
     product.name, product.type, product.shape = old.name, old.type, old.shape
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], made.nodes, node.outputs, [product])

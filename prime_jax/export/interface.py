@@ -110,7 +110,11 @@ class Interface(ABC):
 
     @abstractmethod
     def alone(self, golden: Arrays) -> Iterator[Arrays]:
-        """Each golden request by itself, without needless padding."""
+        """Each golden request by itself."""
+
+    def without_padding(self, golden: Arrays) -> Iterator[Arrays]:
+        """Each golden request by itself without padding, where its length is free."""
+        yield from ()
 
     @abstractmethod
     def beside_a_stranger(self, golden: Arrays) -> Company:

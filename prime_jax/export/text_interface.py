@@ -90,7 +90,12 @@ class TextInterface(Interface):
         return {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
 
     def alone(self, golden: Arrays) -> Iterator[Arrays]:
-        """Each golden request by itself, without its padding."""
+        """Each golden request by itself, as wide as the longest."""
+        for row in range(len(golden["input_ids"])):
+            yield {name: golden[name][row : row + 1] for name in self.names}
+
+    def without_padding(self, golden: Arrays) -> Iterator[Arrays]:
+        """Each golden request by itself without its padding."""
         for row, length in enumerate(golden["attention_mask"].sum(axis=1)):
             yield {name: golden[name][row : row + 1, :length] for name in self.names}
 
