@@ -31,7 +31,7 @@ from prime_jax.data.prepare import prepare
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import tune
 from prime_jax.evaluate.evaluation import baselines
-from prime_jax.evaluate.run import conversations, split_arrays
+from prime_jax.evaluate.run import conversations, predictions, split_arrays
 from prime_jax.evaluate.significance import compare
 from prime_jax.files import read_json, write_json
 from prime_jax.retrieval.metrics import ranking_metrics
@@ -139,7 +139,7 @@ def one_run(config: Config, data: Opened, keep: Path | None) -> tuple[Figures, d
     with tempfile.TemporaryDirectory() as folder:
         predictor = load(trained(config, keep or Path(folder) / "run"), precision="float32")
         memory = predictor.map_memory(data.corpus.embeddings)
-        figures = measured(predictor.predict(judged.context, judged.query, judged.mask), data, memory)
+        figures = measured(predictions(predictor, judged), data, memory)
         step = predictor.info()["step"]
     spent = time.perf_counter() - started
     return figures, {"seed": config.train.seed, "best_step": step, "seconds": round(spent)}

@@ -58,7 +58,7 @@ Write = Callable[[dict[str, Any]], None]
 
 
 def measure(
-    makers: Mapping[str, Maker], config: PredictorConfig, rows: int, rounds: int, warm: int = WARM
+    makers: Mapping[str, Maker], config: Any, rows: int, rounds: int, warm: int = WARM
 ) -> dict[str, Any]:
     """Start every contender, time them in turns, and collect what they used."""
     ready, failed = _prepare(makers, config, rows, None)
@@ -162,15 +162,20 @@ def beside_peers(rounds: int, write: Write) -> dict[str, Any]:
     answer: dict[str, Any] = {}
     for size, (config, rows) in SIZES.items():
         results = measure(CONTENDERS, config, rows, rounds)
-        mine = results["prime-jax float32"].get("seconds")
-        for result in results.values():
-            if mine and "seconds" in result:
-                pairs = zip(result["seconds"], mine, strict=True)
-                result["time_relative_to_ours"] = statistics.median(peer / own for peer, own in pairs)
-        answer[size] = results
+        answer[size] = relative_to(results, "prime-jax float32")
         write(answer)
-        _show(size, results)
+        show(size, results)
     return answer
+
+
+def relative_to(results: dict[str, Any], ours: str) -> dict[str, Any]:
+    """Add the median of the rounds' own ratios to each contender's results."""
+    mine = results.get(ours, {}).get("seconds")
+    for result in results.values():
+        if mine and "seconds" in result:
+            pairs = zip(result["seconds"], mine, strict=True)
+            result["time_relative_to_ours"] = statistics.median(peer / own for peer, own in pairs)
+    return results
 
 
 def growth(rounds: int, write: Write) -> dict[str, Any]:
@@ -210,7 +215,7 @@ def default_model(rounds: int, seconds: float | None, tiny: bool, write: Write) 
     results = one_by_one(
         makers, config, rows, rounds, in_a_row, seconds, lambda results: write(with_mfu(results))
     )
-    _show(f"{'tiny' if tiny else '206M'}, batch {rows}", results)
+    show(f"{'tiny' if tiny else '206M'}, batch {rows}", results)
     return results
 
 
@@ -271,7 +276,8 @@ def _line(result: dict[str, Any]) -> str:
     )
 
 
-def _show(title: str, results: dict[str, Any]) -> None:
+def show(title: str, results: dict[str, Any]) -> None:
+    """Print what contenders did as a table."""
     table = Table("", "samples/s", "ms", "time / ours", "peak MB", title=title)
     for name, result in results.items():
         if "unavailable" in result:

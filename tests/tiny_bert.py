@@ -5,9 +5,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.nn import functional
+
+from prime_jax.data.records import Dataset, Example, Passage, write_dataset
 
 HIDDEN, HEADS, LAYERS, INNER, POSITIONS = 32, 4, 2, 48, 64
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "while", "dogs", "ran", "home", "and", "rain", "fell"]
@@ -147,3 +150,20 @@ def reference(
         x = norm(x + linear(inner, f"{layer}.output.dense"), f"{layer}.output.LayerNorm")
     pooled = x[0] if pooling == "cls" else x.mean(dim=0)
     return pooled / pooled.norm()
+
+
+def write_texts(folder: Path) -> Path:
+    """A data folder in which each query asks for the passage with its last word in it."""
+    corpus = tuple(Passage(word, f"a {word} over the hills") for word in WORDS)
+    rng = np.random.default_rng(0)
+
+    def example(number: int) -> Example:
+        word = WORDS[number % len(WORDS)]
+        turns = tuple(f"the {other} sat" for other in rng.choice(WORDS, number % 3))
+        return Example(f"e{number}", turns, f"and {rng.choice(WORDS)} while {word}", (word,))
+
+    splits = {
+        name: tuple(map(example, range(size))) for name, size in (("train", 48), ("dev", 13), ("test", 13))
+    }
+    write_dataset(folder, Dataset(corpus, splits))
+    return folder

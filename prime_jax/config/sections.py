@@ -14,7 +14,8 @@ from prime_jax.models.prime import PredictorConfig
 Variant = Literal["centroid", "keyword", "residual", "predicted"]
 
 
-# What reads embeddings made before training, and so does not go with encoders that are trained.
+# What reads embeddings of passages made before training, and so does not go with a Y-encoder that is trained:
+# they are those of an encoder that is gone, and new ones would have to be made at each step.
 _ENCODED_ONCE: tuple[tuple[str, object], ...] = (
     ("micro_batch_size", 0),
     ("target", "frozen"),
@@ -125,12 +126,12 @@ class TrainingConfig(Frozen):
             )
         if self.y_encoder == "ema" and self.x_encoder == "frozen":
             raise ValueError("y_encoder 'ema' averages the X-encoder, so x_encoder must be 'trained'")
-        if self.x_encoder == "trained" or self.y_encoder != "frozen":
+        if self.y_encoder != "frozen":
             for name, plain in _ENCODED_ONCE:
                 if getattr(self, name) != plain:
                     raise ValueError(
-                        f"{name} {getattr(self, name)!r} needs embeddings that stay; with x_encoder or "
-                        f"y_encoder trained it must be {plain!r}"
+                        f"{name} {getattr(self, name)!r} needs embeddings of passages that stay; with "
+                        f"y_encoder {self.y_encoder!r} it must be {plain!r}"
                     )
         if self.lora_rank and (self.layers_lr_multiplier, self.layer_decay) != (1.0, 1.0):
             raise ValueError(
@@ -258,7 +259,8 @@ class Config(Frozen):
         trained = self.train.x_encoder == "trained" or self.train.y_encoder != "frozen"
         if trained and self.data.context_from == "search":
             raise ValueError(
-                "data.context_from 'search' needs embeddings that stay, but encoders are trained"
+                "data.context_from 'search' has passages as turns, which an encoder that moves would have to "
+                "find and encode anew all the time; model.kind 'text' reads them as words"
             )
         if self.train.rotation and self.model.input_dim != self.model.output_dim:
             raise ValueError(

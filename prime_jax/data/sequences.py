@@ -16,7 +16,7 @@ WIDTHS = (32, 64, 96, 128, 192, 256, 384, 512)
 """Lengths of packed rows; a batch takes the shortest that holds its longest sequence."""
 STEPS = 8  # different numbers of packed rows per batch, at most: for each one that occurs a step is compiled
 
-Tokens = Int32[np.ndarray, " tokens"]
+Tokens = Int32[np.ndarray, " _"]
 
 
 @dataclass(frozen=True)

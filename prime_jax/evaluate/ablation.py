@@ -27,8 +27,10 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
         test: The split.
         seed: Of who gets whose turns.
     """
-    nothing = np.zeros_like(test.mask)
     others = _derangement(len(test.query), seed)
+    if predictor.model.config.reads_text:
+        return _without_words(predictor, test, others)
+    nothing = np.zeros_like(test.mask)
     found = {
         "no context": predictor.predict(test.context, test.query, nothing),
         "other context": predictor.predict(test.context[others], test.query, test.mask[others]),
@@ -44,6 +46,18 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
         alone = Predictor.from_model(what_is_left, precision="float32")
         found[name] = alone.predict(test.context, test.query, test.mask)
     return found
+
+
+def _without_words(predictor: Predictor, test: Split, others: ndarray) -> Mapping[str, ndarray]:
+    """The same of a model that reads text: without turns, with those of another query, without the query."""
+    assert test.context_texts is not None
+    assert test.query_texts is not None
+    turns, queries = test.context_texts, list(test.query_texts)
+    return {
+        "no context": predictor.predict_text([[] for _ in turns], queries),
+        "other context": predictor.predict_text([turns[other] for other in others], queries),
+        "no query": predictor.predict_text(turns, [""] * len(queries)),
+    }
 
 
 def without_residual(model: EmbeddingPredictor) -> EmbeddingPredictor:

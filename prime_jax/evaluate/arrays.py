@@ -37,6 +37,8 @@ class Split(NamedTuple):
         last_turn: Embeddings of the text "last turn + query", `[Q, D]`, the query where there is no turn.
         exclude: Corpus rows never returned for each query, or None.
         scope: Scope of each query, `[Q]`, or None.
+        context_texts: The turns themselves, oldest first, of each query, or None.
+        query_texts: The queries themselves, or None.
     """
 
     query: Float32[ndarray, "Q D"]
@@ -46,6 +48,8 @@ class Split(NamedTuple):
     last_turn: Float32[ndarray, "Q D"] | None = None
     exclude: Sequence[ndarray] | None = None
     scope: Shaped[ndarray, " Q"] | None = None
+    context_texts: Sequence[Sequence[str]] | None = None
+    query_texts: Sequence[str] | None = None
 
 
 def retrieve(

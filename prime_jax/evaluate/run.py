@@ -85,7 +85,7 @@ def evaluate_run(
         turns = not (predictor.config and predictor.config.steered)
         splits = split_arrays(dataset, embedded, used, source, turns=turns)
         test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
-        predicted = _predicted(predictor, dataset, embedded, split, test)
+        predicted = predictions(predictor, test)
         evaluation = evaluate_methods(
             split,
             test,
@@ -107,14 +107,13 @@ def evaluate_run(
         return write_report(out, evaluation, _texts(dataset, split), facts)
 
 
-def _predicted(
-    predictor: Predictor, dataset: Dataset, embedded: EmbeddedDataset, split: str, test: Split
-) -> np.ndarray:
-    """Predictions `[Q, E]` from what the model reads: the texts of a split, or their embeddings."""
-    if predictor.model.config.reads_text:
-        queries = [example.query for example in dataset.splits[split]]
-        return predictor.predict_text(context_texts(dataset, embedded, split), queries)
-    return predictor.predict(test.context, test.query, test.mask)
+def predictions(predictor: Predictor, split: Split) -> np.ndarray:
+    """Predictions `[Q, E]` for a split, from its texts where the model reads them, or from its embeddings."""
+    if not predictor.model.config.reads_text:
+        return predictor.predict(split.context, split.query, split.mask)
+    assert split.context_texts is not None
+    assert split.query_texts is not None
+    return predictor.predict_text(split.context_texts, split.query_texts)
 
 
 def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged | None:
@@ -224,7 +223,10 @@ def split_arrays(
             texts = [source.query_prefix + _with_last_turn(example) for example in dataset.splits[name]]
             encode_texts(texts, encoder, embedded.store)
             last_turn = embedded.store[embedded.store.rows(texts)]
-        arrays[name] = Split(query, context, mask, part.positives, last_turn, part.exclude, part.scope)
+        texts = context_texts(dataset, embedded, name), [one.query for one in dataset.splits[name]]
+        arrays[name] = Split(
+            query, context, mask, part.positives, last_turn, part.exclude, part.scope, *texts
+        )
     return arrays
 
 

@@ -117,7 +117,7 @@ class BertLayer(nnx.Module):
         return out.reshape(shape)
 
     def _attend(
-        self, x: Float[Array, "tokens H"], mask: Bool[Array, "B Q S"], shape: tuple[int, ...]
+        self, x: Float[Array, "tokens H"], mask: Bool[Array, "B Q S"], shape: tuple[Any, ...]
     ) -> Float[Array, "tokens H"]:
         batch, tokens, hidden = shape
         qkv = self.qkv(x).reshape(batch, tokens, 3 * hidden)

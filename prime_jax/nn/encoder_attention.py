@@ -90,7 +90,7 @@ def _backward(
     dtype: DTypeLike, tf32: bool, kept: tuple[Any, ...], slope: Array
 ) -> tuple[Array, Array, Array, None]:
     """Both products' gradients; that of the softmax is `weights * (slope - sum(weights * slope))`."""
-    queries, keys, values, _, weights, mixed = kept
+    queries, keys, values, mask, weights, mixed = kept
 
     def product(equation: str, left: Array, right: Array) -> Array:
         return encoder_product(equation, left, right, dtype, tf32)
@@ -99,7 +99,7 @@ def _backward(
     of_values = product("bhqk,bhqd->bhkd", weights, slope)
     of_weights = product("bhqd,bhkd->bhqk", slope, values)
     common = jnp.sum(slope * mixed, axis=-1, keepdims=True)
-    of_logits = weights * (of_weights - common)
+    of_logits = jnp.where(mask, weights * (of_weights - common), 0.0)
     of_queries = scale * product("bhqk,bhkd->bhqd", of_logits, keys)
     of_keys = scale * product("bhqk,bhqd->bhkd", of_logits, queries)
     return of_queries, of_keys, of_values, None

@@ -4,6 +4,7 @@
 predictive architectures do. With `frozen` Y stays the encoder that the data was encoded with.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float
 from prime_jax.config import Config, TrainingConfig
 from prime_jax.data.encode import Encoder
 from prime_jax.errors import ConfigError
+from prime_jax.models.base import embeddings_of
 from prime_jax.nn.bert import Pooling
 from prime_jax.nn.encoders import EncoderModel
 from prime_jax.nn.remat import Remat
@@ -49,17 +51,28 @@ class EncoderPlan:
     unfreeze_epochs: float
     ema: tuple[float, float]
 
-    def embed(self, params: Any, batch: Batch) -> Batch:
-        """The batch with the embeddings that trained encoders give its texts now."""
-        texts = batch.texts
-        assert texts is not None
-        if self.x_trained:
-            asked = self._embedded(params[X], texts.asked)
-            batch = batch._replace(context=asked[:, :-1], query=asked[:, -1])
-        if self.y != "frozen":
-            weights = jax.lax.stop_gradient(params[Y]) if self.y == "ema" else params[Y]
-            batch = batch._replace(target=self._embedded(weights, texts.passage))
-        return batch
+    def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
+        """What `read` takes of a batch: the texts of turns and query where X is trained."""
+        if not self.x_trained:
+            return embeddings_of(batch)
+        assert batch.texts is not None
+        return batch.texts.asked, batch.context_mask
+
+    def read(self, params: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Context, query and mask, as X embeds them now where it is trained."""
+        if not self.x_trained:
+            return inputs
+        texts, mask = inputs
+        asked = self._embedded(params[X], texts)
+        return asked[:, :-1], asked[:, -1], mask
+
+    def with_targets(self, params: Any, batch: Batch) -> Batch:
+        """The batch with its targets as Y embeds them now where it is trained."""
+        if self.y == "frozen":
+            return batch
+        assert batch.texts is not None
+        weights = jax.lax.stop_gradient(params[Y]) if self.y == "ema" else params[Y]
+        return batch._replace(target=self._embedded(weights, batch.texts.passage))
 
     def gated(self, updates: Any, epoch: Float[Array, ""]) -> Any:
         """Updates without those of encoder layers whose time has not come: the highest layer is first."""
@@ -106,14 +119,12 @@ def trainable(encoder: Encoder, config: Config) -> BertTextEncoder:
     """The encoder that training starts from, where it is one that can be trained.
 
     Raises:
-        ConfigError: If it is not, or training runs in several processes.
+        ConfigError: If it is not.
     """
     if not isinstance(encoder, BertTextEncoder):
         raise ConfigError(
             f"data.encoder {config.data.encoder!r} cannot be trained here: give minilm or a model folder"
         )
-    if jax.process_count() > 1:
-        raise ConfigError("encoders are trained in one process only, on all of its devices")
     return encoder
 
 
@@ -138,12 +149,18 @@ def initial_encoders(encoder: BertTextEncoder, settings: TrainingConfig) -> dict
     return {name: jax.tree.map(jnp.copy, float32) for name, wanted in names if wanted}
 
 
-def pair_of(encoder: BertTextEncoder, params: Any, step: int) -> PairedEncoder:
-    """Both encoders as a state has them; one that is not trained is the one that training started from."""
+def pair_of(encoder: BertTextEncoder, trained: Mapping[str, Any], step: int) -> PairedEncoder:
+    """Both encoders as a state has them; one that is not trained is the one that training started from.
+
+    Args:
+        encoder: That training started from.
+        trained: `TrainState.encoders`, whole on every device.
+        step: Names their embeddings.
+    """
 
     def now(name: str) -> BertTextEncoder:
-        if name not in params:
+        if name not in trained:
             return encoder
-        return encoder.with_params(jax.device_get(params[name]), f"{encoder.identity}-{name}-{step}")
+        return encoder.with_params(jax.device_get(trained[name]), f"{encoder.identity}-{name}-{step}")
 
     return PairedEncoder(now(X), now(Y))

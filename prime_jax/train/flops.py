@@ -7,6 +7,7 @@ from flax import nnx
 
 from prime_jax.models import AnyConfig
 from prime_jax.models.prime import PredictorConfig
+from prime_jax.models.text import TextConfig
 
 DType = Literal["bfloat16", "float32"]
 
@@ -41,6 +42,8 @@ PEAKS: dict[str, tuple[float, float]] = {
 
 def forward_flops(config: AnyConfig) -> float:
     """FLOPs of predicting one full window: every matrix product, two per multiply-add."""
+    if isinstance(config, TextConfig):
+        return config.forward_flops()
     if not isinstance(config, PredictorConfig):  # every matrix is met once
         weights = nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0)))
         leaves = jax.tree.leaves(nnx.state(weights, nnx.Param))

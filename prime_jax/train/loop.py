@@ -16,7 +16,6 @@ from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
 from prime_jax.locks import Ownership
-from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
 from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
@@ -24,7 +23,7 @@ from prime_jax.train.collective import any_process, barrier, is_main, say
 from prime_jax.train.hybrid import HybridRun
 from prime_jax.train.interrupt import interruptible
 from prime_jax.train.memory import explain_exhausted
-from prime_jax.train.monitor import History, Speed, Trace, note, plot_curves
+from prime_jax.train.monitor import History, Speed, Trace, not_finite, note, plot_curves
 from prime_jax.train.optim import learning_rate
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.program import TrainingProgram
@@ -126,10 +125,7 @@ class _Run:
             encoder=None if texts is None else texts.encoder,
         )
         self.copied = () if start is None else (start.tokenizer,)
-        weights = setup.starting_weights(config)
-        if weights is None and start is not None:
-            weights = start.params
-        self.state = self.program.initial_state(weights)
+        self.state = self.program.initial_state(setup.starting_weights(config, start))
         graph, mesh = build_graph(config.model, jnp.float32), self.program.mesh
         self.validate = Validator(
             graph, data, "dev", mesh, steering=steering, judge_with=config.steering.judge_with
@@ -277,7 +273,9 @@ class _Run:
         epoch = step // self.epoch_steps
         due = step % self.epoch_steps == 0 and epoch % settings.mine_every_epochs == 0
         if settings.mined_negatives and (due or self.mined is None):
-            self.mined = mining.mined_now(settings, self.data, self.predict_train, self.state)
+            texts, predict = self.texts, self.predict_train
+            predict = predict if texts is None else predict.over(texts.embedded(self.state))
+            self.mined = mining.mined_now(settings, self.data, predict, self.state)
             found = np.mean(np.sum(self.mined >= 0, axis=1))
             say(f"mined {found:.1f} hard negatives per example")
         self.batches.seek(step + self._skipped)
@@ -331,7 +329,7 @@ class _Run:
             self._save(step - 1, Validated({}, None), watched=False)
             self.saver.wait()
         raise PredictorError(
-            f"{_wrong(metrics)}gradient norm {metrics['gradient_norm']} in step {step}: training "
+            f"{not_finite(metrics)}gradient norm {metrics['gradient_norm']} in step {step}: training "
             f"stopped before that step could change anything; {_kept(self.out)}. Its batch: "
             f"{', '.join(ids[:3])} and {len(ids) - 3} more, all in {file}. If the examples are sound, a "
             "lower train.learning-rate usually helps."
@@ -394,13 +392,6 @@ class _Run:
 
     def _epoch(self, step: int) -> float:
         return round(step / float(self.epoch_steps), 4)
-
-
-def _wrong(metrics: Mapping[str, Any]) -> str:
-    """The loss, and whichever of its parts are no finite numbers."""
-    parts = (*COMPONENTS, *ROUTING_COMPONENTS)
-    wrong = [name for name in parts if name in metrics and not np.isfinite(metrics[name])]
-    return ", ".join(f"{name} {metrics[name]}" for name in ("loss", *wrong)) + " and "
 
 
 def _kept(run: Path) -> str:

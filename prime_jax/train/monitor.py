@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from prime_jax.config import Config
 from prime_jax.errors import CheckpointError
 from prime_jax.files import atomic_path, write_text
+from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
 from prime_jax.train.flops import DType, flops_per_example, mfu
 
 Row = Mapping[str, Any]
@@ -166,3 +168,10 @@ def plot_curves(history: History, plain_query: Mapping[str, float], file: Path) 
     with atomic_path(file) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return True
+
+
+def not_finite(metrics: Mapping[str, Any]) -> str:
+    """The loss, and whichever of its parts are no finite numbers."""
+    parts = (*COMPONENTS, *ROUTING_COMPONENTS)
+    wrong = [name for name in parts if name in metrics and not np.isfinite(metrics[name])]
+    return ", ".join(f"{name} {metrics[name]}" for name in ("loss", *wrong)) + " and "

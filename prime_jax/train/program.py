@@ -25,7 +25,7 @@ from prime_jax.train.encoders import encoder_plan, initial_encoders
 from prime_jax.train.judged import Given, make_judged_loss
 from prime_jax.train.optim import layers_frozen, make_optimizer
 from prime_jax.train.sharding import make_mesh, split_batch, spread_out, state_shardings
-from prime_jax.train.state import MODEL, TrainState, build_graph, init_state
+from prime_jax.train.state import MODEL, TrainState, averaged_weights, build_graph, init_state
 from prime_jax.train.step import Metrics, StepPlan, make_train_step
 from prime_jax.types import Batch
 
@@ -136,12 +136,12 @@ class TrainingProgram:
             for place, tensor in pretrained_layers(model):
                 _put(state.params[MODEL], shardings.params[MODEL], place, tensor)
             if state.smoothed is not None:
-                state = replace(state, smoothed=jax.tree.map(jnp.copy, state.params[MODEL]))
+                state = replace(state, smoothed=jax.tree.map(jnp.copy, averaged_weights(state.params)))
         if weights is not None:
             placed = spread_out(weights, shardings.params[MODEL])
             state = replace(state, params={**state.params, MODEL: placed})
             if state.smoothed is not None:
-                state = replace(state, smoothed=jax.tree.map(jnp.copy, placed))
+                state = replace(state, smoothed=jax.tree.map(jnp.copy, averaged_weights(state.params)))
         return state if self._centroids is None else self._with_centroids(state, shardings)
 
     def _with_centroids(self, state: TrainState, shardings: TrainState) -> TrainState:

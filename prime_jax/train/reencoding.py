@@ -13,6 +13,7 @@ from prime_jax.data.tokens import TokenTable
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.pair import PairedEncoder, load_pair, write_pair
 from prime_jax.train.encoders import pair_of
+from prime_jax.train.sharding import everywhere, make_mesh
 from prime_jax.train.state import TrainState
 
 
@@ -32,6 +33,7 @@ class TrainedTexts:
 
     def __init__(self, config: Config, dataset: Dataset, encoder: BertTextEncoder, store: EmbeddingStore):
         self.encoder = encoder
+        self._mesh = make_mesh(config.mesh, config.train.batch_size, config.train.micro_batch_size)
         self._config, self._dataset = config, dataset
         texts = dataset_texts(
             dataset, query_prefix=config.data.query_prefix, passage_prefix=config.data.passage_prefix
@@ -41,7 +43,7 @@ class TrainedTexts:
 
     def embedded(self, state: TrainState) -> EmbeddedDataset:
         """The whole dataset as the encoders of a state embed it now; what was embedded before is dropped."""
-        pair, source = pair_of(self.encoder, state.params, int(state.step)), self._config.data
+        pair, source = self._pair(state), self._config.data
         passage_prefix = passage_prefix_for(pair, source.passage_prefix)
         if self._folder is not None:
             self._folder.cleanup()
@@ -59,5 +61,9 @@ class TrainedTexts:
 
     def write(self, state: TrainState, folder: Path) -> PairedEncoder:
         """Write both encoders of a state to `folder` and read them back, as whoever uses them will."""
-        write_pair(pair_of(self.encoder, state.params, int(state.step)), folder)
+        write_pair(self._pair(state), folder)
         return load_pair(folder)
+
+    def _pair(self, state: TrainState) -> PairedEncoder:
+        """The encoders of a state, in every process."""
+        return pair_of(self.encoder, everywhere(state.encoders, self._mesh), int(state.step))

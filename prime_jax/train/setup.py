@@ -251,16 +251,16 @@ def steered_rows(config: Config, data: EmbeddedDataset, steering: Steering) -> S
     return SteeredRows(data, "train", steering, curriculum, told_apart)
 
 
-def starting_weights(config: Config) -> Any | None:
-    """The weights of `model.checkpoint_path`, where one is given.
+def starting_weights(config: Config, start: TextStart | None = None) -> Any | None:
+    """The weights of `model.checkpoint_path`, where one is given, or those that a text predictor starts from.
 
     Raises:
         ConfigError: If its model has other shapes.
     """
     if config.model.checkpoint_path is None:
-        return None
-    start = Path(config.model.checkpoint_path)
-    model = load_bundle(start).model if is_bundle(start) else checkpoints.load_model(start).model
+        return None if start is None else start.params
+    path = Path(config.model.checkpoint_path)
+    model = load_bundle(path).model if is_bundle(path) else checkpoints.load_model(path).model
     params = pure_params(model)
     fresh = jax.eval_shape(lambda: pure_params(config.model.build(rngs=nnx.Rngs(0))))
     if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, fresh):

@@ -93,3 +93,9 @@ def spread_out(host: Any, sharding: Any) -> Any:
     if isinstance(sharding, NamedSharding):
         return jax.tree.map(lambda array: put(array, sharding), host)
     return jax.tree.map(put, host, sharding)
+
+
+def everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Arrays that may lie in shares on many devices, whole and on this process's own."""
+    whole = jax.jit(lambda value: value, out_shardings=replicated(mesh))(tree)
+    return jax.tree.map(lambda leaf: jax.numpy.asarray(np.asarray(leaf)), whole)

@@ -15,6 +15,7 @@ from prime_jax.losses import AnyObjective
 from prime_jax.losses.objective import TARGET_HEAD, Objective
 from prime_jax.models import ModelConfig
 from prime_jax.train.adapters import initial_adapters, with_adapters
+from prime_jax.train.encoders import ENCODERS, X
 
 Graph = nnx.GraphDef[Any]
 
@@ -35,7 +36,7 @@ class TrainState:
             objective trains stands beside it under its own names.
         average: Moving average of the part of `params` that the objective names, or None: the kernel of the
             target head, `[E, E]` (`train.target: ema`), or JASPER's online encoder.
-        smoothed: Moving average of the model's parameters, or None (`train.average_weights` only).
+        smoothed: Moving average of `averaged_weights`, or None (`train.average_weights` only).
         opt_state: State of the optimizer.
         rng: Raw key data; the dropout key of a step is this folded with the step number.
         halted: Whether a loss or gradient was no finite number. From then on nothing changes, so that the
@@ -61,12 +62,26 @@ class TrainState:
     @property
     def predicting(self) -> Any:
         """The model's parameters to predict with: their average where there is one, adapters added."""
-        return trained_weights(self.params) if self.smoothed is None else self.smoothed
+        if self.smoothed is None:
+            return trained_weights(self.params)
+        return {name: part for name, part in self.smoothed.items() if name not in ENCODERS}
+
+    @property
+    def encoders(self) -> dict[str, Any]:
+        """The parameters of encoders that are trained along, X as it is averaged where it is."""
+        now = {name: self.params[name] for name in ENCODERS if name in self.params}
+        return now | {name: part for name, part in (self.smoothed or {}).items() if name in now}
 
 
 def trained_weights(params: Any) -> Any:
     """The model's parameters among those of a state, with the adapters of its layers where it has some."""
     return with_adapters(params[MODEL], params.get(ADAPTERS))
+
+
+def averaged_weights(params: Any) -> Any:
+    """What a moving average is kept of: the model's parameters and, beside them, a trained X-encoder."""
+    weights = trained_weights(params)
+    return {**weights, X: params[X]} if X in params else weights
 
 
 def build_graph(config: ModelConfig, dtype: DTypeLike) -> Graph:
@@ -107,7 +122,7 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         average=jax.tree.map(jnp.copy, params[objective.averaged]) if objective.averaged else None,
-        smoothed=jax.tree.map(jnp.copy, params[MODEL]) if averaging else None,
+        smoothed=jax.tree.map(jnp.copy, averaged_weights(params)) if averaging else None,
         opt_state=optimizer.init(params),
         rng=jax.random.key_data(key),
         halted=jnp.zeros((), bool),

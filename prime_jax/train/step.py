@@ -27,7 +27,7 @@ from prime_jax.train.adapters import without_gradient
 from prime_jax.train.encoders import ENCODERS, EncoderPlan
 from prime_jax.train.rotation import random_rotation
 from prime_jax.train.sharding import replicated, state_shardings
-from prime_jax.train.state import ADAPTERS, MODEL, Graph, TrainState, trained_weights
+from prime_jax.train.state import ADAPTERS, MODEL, Graph, TrainState, averaged_weights, trained_weights
 from prime_jax.turns import one_turn, rejoined
 from prime_jax.types import Batch, Prediction
 
@@ -93,6 +93,8 @@ def make_train_step(
         params = whole_weights(params, mesh, plan.compute_dtype)
         if plan.layers_frozen:
             params = {**params, MODEL: without_gradient(params[MODEL])}
+        if plan.encoders is not None:
+            inputs = plan.encoders.read(params, inputs)
         answer = partial(
             nnx.merge(graph, trained_weights(params)).details,
             dropout_key=key,
@@ -111,7 +113,7 @@ def make_train_step(
 
     def loss_and_gradient(state: TrainState, batch: Batch, corpus: Corpus | None) -> tuple[Metrics, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        inputs = plan.inputs_of(batch)
+        inputs = (plan.inputs_of if plan.encoders is None else plan.encoders.inputs_of)(batch)
         done = state.step / plan.total_steps
         models, own = apart(state.params)
         turned = None
@@ -135,10 +137,11 @@ def make_train_step(
 
             def whole(params: Any) -> tuple[Array, Metrics]:
                 models, own = apart(params)
-                if plan.encoders is None:
-                    return loss(predict(models, inputs, key, turned, done), own)
-                seen = plan.encoders.embed(whole_weights(models, mesh, plan.compute_dtype), batch)
-                return loss(predict(models, plan.inputs_of(seen), key, turned, done), own, seen)
+                seen = batch
+                if plan.encoders is not None:
+                    weights = whole_weights(models, mesh, plan.compute_dtype)
+                    seen = plan.encoders.with_targets(weights, batch)
+                return loss(predict(models, inputs, key, turned, done), own, seen)
 
             (_, metrics), gradient = jax.value_and_grad(whole, has_aux=True)(state.params)
             return metrics, gradient
@@ -248,5 +251,5 @@ def _smoothed(state: TrainState, params: Any, decay: float) -> Any:
     steps = state.step.astype(jnp.float32)
     now = jnp.minimum(decay, (1 + steps) / (10 + steps))
     return jax.tree.map(
-        lambda average, weight: ema(average, weight, now), state.smoothed, trained_weights(params)
+        lambda average, weight: ema(average, weight, now), state.smoothed, averaged_weights(params)
     )

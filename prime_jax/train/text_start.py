@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from pydantic import ValidationError
 
 from prime_jax.config import Config
 from prime_jax.data.conversations import ConversationTokenizer, with_sequences
@@ -52,7 +53,10 @@ def completed(config: Config) -> Config:
         "lower_case": source.lower_case,
         "separator_id": ConversationTokenizer.of_model(config.model, file).separator,
     }
-    model = TextConfig.model_validate({**config.model.model_dump(), **taken})
+    try:
+        model = TextConfig.model_validate({**config.model.model_dump(), **taken})
+    except ValidationError as unfit:
+        raise ConfigError(f"data.encoder {config.data.encoder!r}: {unfit.errors()[0]['msg']}") from None
     return config.model_copy(update={"model": model})
 
 

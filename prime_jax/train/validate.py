@@ -5,10 +5,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Float32, Int64
+from jaxtyping import Float32, Int64
 
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.steered import ZERO, Steering
@@ -22,7 +21,7 @@ from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
 from prime_jax.train.collective import is_main
 from prime_jax.train.predicting import SplitPredictor
-from prime_jax.train.sharding import replicated
+from prime_jax.train.sharding import everywhere
 from prime_jax.train.state import Graph, TrainState
 from prime_jax.train.steered_judge import SteeredJudge
 
@@ -101,7 +100,7 @@ class Validator:
         """Score the predictions of a state, and fit how far they can be trusted."""
         predicted, trained = self._predictor(state), self._predict_train(state)
         steered = self._steered.predictions(state) if self._steered else {}
-        head = None if state.target_head is None else _everywhere(state.target_head, self._mesh)
+        head = None if state.target_head is None else everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None)
         encoded, fallback = self._index(self._corpus), self._plain
@@ -170,9 +169,3 @@ def effective_rank(vectors: Vectors) -> float:
     values = np.linalg.svd(sample, compute_uv=False)
     shares = values[values > 0] / values.sum() if values.sum() > 0 else np.ones(1)
     return float(np.exp(-np.sum(shares * np.log(shares))))
-
-
-def _everywhere(kernel: Array, mesh: Mesh) -> Float[Array, "E E"]:
-    """A kernel that may lie in shares on many devices, whole and on this process's own."""
-    whole = jax.jit(lambda value: value, out_shardings=replicated(mesh))(kernel)
-    return jax.numpy.asarray(np.asarray(whole))

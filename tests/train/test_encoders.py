@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_bert
+from commands import exit_codes, figures, start_together
 from test_loop import interrupt_after
 
 import prime_jax
 from prime_jax.config import TrainingConfig, read_config
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.encode import main as encode
-from prime_jax.data.records import Dataset, Example, Passage, write_dataset
 from prime_jax.data.store import EmbeddingStore
 from prime_jax.data.tokens import TokenTable
 from prime_jax.evaluate.run import evaluate_run
@@ -25,7 +25,7 @@ from prime_jax.pretrained.pair import PASSAGE, PairedEncoder, load_pair, write_p
 from prime_jax.pretrained.writing import write_encoder
 from prime_jax.train import checkpoints
 from prime_jax.train.__main__ import main
-from prime_jax.train.encoders import X, Y, encoder_plan, initial_encoders
+from prime_jax.train.encoders import EncoderPlan, X, Y, encoder_plan, initial_encoders
 from prime_jax.types import Batch, BatchTexts
 
 CONFIG = Path(__file__).parents[2] / "configs" / "text_small.yaml"
@@ -44,21 +44,7 @@ def encoder(folder: Path) -> BertTextEncoder:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each query asks for the passage with its last word in it."""
-    folder, words = tmp_path_factory.mktemp("texts"), tiny_bert.WORDS
-    corpus = tuple(Passage(word, f"a {word} over the hills") for word in words)
-    rng = np.random.default_rng(0)
-
-    def example(number: int) -> Example:
-        word = words[number % len(words)]
-        turns = tuple(f"the {other} sat" for other in rng.choice(words, number % 3))
-        return Example(f"e{number}", turns, f"and {rng.choice(words)} while {word}", (word,))
-
-    splits = {
-        name: tuple(map(example, range(size))) for name, size in (("train", 48), ("dev", 13), ("test", 13))
-    }
-    write_dataset(folder, Dataset(corpus, splits))
-    return folder
+    return tiny_bert.write_texts(tmp_path_factory.mktemp("texts"))
 
 
 def other_weights(encoder: BertTextEncoder) -> BertTextEncoder:
@@ -107,13 +93,19 @@ def text_batch(encoder: BertTextEncoder, tmp_path: Path) -> Batch:
     return Batch(*nothing, jnp.arange(2), jnp.arange(2)[:, None], jnp.arange(2), texts=texts)
 
 
+def embed(plan: EncoderPlan, params: Any, batch: Batch) -> Batch:
+    """A batch as a step sees it."""
+    context, query, _ = plan.read(params, plan.inputs_of(batch))
+    return plan.with_targets(params, batch)._replace(context=context, query=query)
+
+
 @pytest.mark.parametrize("remat", [False, True])
 def test_a_step_embeds_as_the_encoder_does(encoder: BertTextEncoder, tmp_path: Path, remat: bool) -> None:
     settings = TrainingConfig(
         x_encoder="trained", y_encoder="slow", mixed_precision=False, gradient_checkpointing=remat
     )
     plan, params = encoder_plan(encoder, settings), initial_encoders(encoder, settings)
-    seen = plan.embed(params, text_batch(encoder, tmp_path))
+    seen = embed(plan, params, text_batch(encoder, tmp_path))
     expected = encoder.encode(TEXTS)
     np.testing.assert_allclose(seen.context[0, 0], expected[0], atol=1e-5)
     np.testing.assert_allclose(seen.query, expected[[1, 2]], atol=1e-5)
@@ -127,7 +119,7 @@ def test_who_gets_a_gradient(encoder: BertTextEncoder, tmp_path: Path, y: str) -
     batch = text_batch(encoder, tmp_path)
 
     def loss(params: Any) -> jax.Array:
-        seen = plan.embed(params, batch)
+        seen = embed(plan, params, batch)
         return jnp.sum(seen.query * jnp.roll(seen.target, 1, axis=0)) + jnp.sum(seen.query[:, 0])
 
     gradient = jax.grad(loss)(params)
@@ -239,13 +231,37 @@ def test_resuming_gives_the_same_encoders(
     assert newest[0].facts["encoder"] == newest[1].facts["encoder"]  # a hash of their weights
 
 
+EVERYTHING = [
+    *("--train.y-encoder", "frozen", "--train.positives", "all", "--train.mined-negatives", "2"),
+    *("--train.context-negatives", "true", "--train.average-weights", "0.9", "--train.unfreeze-epochs", "0"),
+    *("--model.dropout", "0", "--monitor.log-every", "1", "--train.num-epochs", "1"),
+]
+
+
+def test_with_a_frozen_memory_nothing_is_refused(options: list[str], data: Path, tmp_path: Path) -> None:
+    """In two processes with micro-batches what one learns without; then all passages as negatives."""
+    assert main([*options, *EVERYTHING, "--out", str(tmp_path / "one")]) == 0
+    split = [*options, *EVERYTHING, "--train.micro-batch-size", "4", "--mesh.data", "-1"]
+    assert exit_codes(start_together(2, split, tmp_path / "two")) == [0, 0]
+    names = ("loss", "gradient_norm", "negatives", "MRR@10")
+    one, two = (figures(tmp_path / run, *names) for run in ("one", "two"))
+    for name in names:
+        np.testing.assert_allclose(two[name], one[name], rtol=2e-4, err_msg=name)
+    best = checkpoints.best(tmp_path / "one")
+    report = evaluate_run(tmp_path / "one", data, "dev", tmp_path / "report")
+    assert report["methods"]["predicted"]["MRR@10"] == pytest.approx(best.score, abs=1e-3)
+    all_passages = [*options, "--train.y-encoder", "frozen", "--train.negatives", "corpus"]
+    assert main([*all_passages, "--train.num-epochs", "1", "--out", str(tmp_path / "corpus")]) == 0
+    assert set(figures(tmp_path / "corpus", "negatives")["negatives"]) == {len(tiny_bert.WORDS) - 1}
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--train.micro-batch-size", "4"], "micro_batch_size 4 needs embeddings that stay"),
-        (["--train.mined-negatives", "2"], "mined_negatives 2 needs embeddings that stay"),
+        (["--train.micro-batch-size", "4"], "micro_batch_size 4 needs embeddings of passages that stay"),
+        (["--train.mined-negatives", "2"], "mined_negatives 2 needs embeddings of passages that stay"),
         (["--train.x-encoder", "frozen"], "x_encoder must be 'trained'"),
-        (["--data.context-from", "search"], "needs embeddings that stay"),
+        (["--data.context-from", "search"], "an encoder that moves would have to find and encode anew"),
         (
             ["--data.encoder", "fakes:encoder", "--model.input-dim", "24", "--model.output-dim", "24"],
             "cannot be trained",
