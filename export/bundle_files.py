@@ -72,6 +72,20 @@ def onnx_file(bundle: Path, manifest: dict[str, Any], precision: str) -> Path:
     return bundle / str(manifest["onnx"][precision])
 
 
+def config_of_embeddings(bundle: Path) -> dict[str, Any]:
+    """The bundle's config.json, of a model that takes embeddings.
+
+    Raises:
+        BundleError: If the model reads texts.
+    """
+    config: dict[str, Any] = json.loads((bundle / "config.json").read_text())
+    if "context" not in config["inputs"]:
+        raise BundleError(
+            f"{bundle}: its model reads texts, not embeddings; MODEL_CARD.md shows how to ask it"
+        )
+    return config
+
+
 def torch_runtime(bundle: Path) -> ModuleType:
     """The bundle's own PyTorch module, from the very bytes that were checked."""
     manifest, path = verify(bundle), bundle / "torch_runtime.py"

@@ -1,6 +1,7 @@
 """Models that take embeddings: turns, or a steering vector in the place of the one turn, and a query."""
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.errors import ExportError
+from prime_jax.evaluate.arrays import Split
 from prime_jax.export.card_words import prime_words, steered_words
 from prime_jax.export.interface import (
     JOINED,
@@ -112,6 +114,10 @@ class EmbeddingInterface(Interface):
         mask[1::2] = mask[1::2, ::-1]
         vectors = vectors.astype(np.float32)
         return {"context": vectors[:, :N].copy(), "context_mask": mask, "query": vectors[:, N].copy()}
+
+    def requests(self, split: Split, source: Path, query_prefix: str) -> Arrays:
+        """The embeddings of a split's queries."""
+        return {"context": split.context, "context_mask": split.mask, "query": split.query}
 
     def alone(self, golden: Arrays) -> Iterator[Arrays]:
         """Each golden request by itself."""

@@ -9,17 +9,15 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
-from prime_jax.data.conversations import ConversationTokenizer, context_texts
 from prime_jax.data.records import SPLITS
 from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.membership import Closeness, closeness, membership
-from prime_jax.evaluate.run import OpenedData, conversations, open_data, split_arrays
+from prime_jax.evaluate.run import OpenedData, conversations, open_data, predictions, split_arrays
 from prime_jax.evaluate.significance import compare
 from prime_jax.export.interface import Arrays
+from prime_jax.export.interfaces import interface_of
 from prime_jax.export.optional import need
-from prime_jax.export.text_interface import TOKENIZER
-from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.progress import progress
 from prime_jax.retrieval.metrics import ranking_metrics
@@ -113,46 +111,16 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
     passages = opened.embedded.corpus()
     memory = passages if predictor.target_head is None else predictor.map_memory(passages)
     scope = opened.embedded.corpus_scope
+    interface = interface_of(predictor.model.config)
     return Evidence(
         validation=splits[VALIDATION],
         corpus=Corpus(memory, scope, ExactIndex(memory, scope)),
         groups=conversations(opened.dataset.splits[VALIDATION]),
         leak=_leak(predictor, opened, splits, passages, memory),
-        requests=_requests(predictor, opened, splits[VALIDATION]),
+        requests=interface.requests(
+            splits[VALIDATION], Path(predictor.info()["source"]), predictor.query_prefix
+        ),
     )
-
-
-def _requests(predictor: Predictor, opened: OpenedData, validation: Split) -> Arrays:
-    """What an ONNX file of the model takes for the queries of the validation split."""
-    config = predictor.model.config
-    if not isinstance(config, TextConfig):
-        return {"context": validation.context, "context_mask": validation.mask, "query": validation.query}
-    tokenizer = ConversationTokenizer.of_model(config, Path(predictor.info()["source"]) / TOKENIZER)
-    texts, queries = _texts(opened, VALIDATION)
-    sequences = tokenizer(texts, [predictor.query_prefix + query for query in queries])
-    width = int(sequences.lengths.max())
-    ids = sequences.padded(np.arange(len(sequences)), width)
-    mask = np.arange(width) < sequences.lengths[:, None]
-    return {"input_ids": ids, "attention_mask": mask.astype(np.int32)}
-
-
-def _texts(opened: OpenedData, name: str) -> tuple[list[list[str]], list[str]]:
-    """Turns and query of every example of a split."""
-    contexts = context_texts(opened.dataset, opened.embedded, name)
-    return contexts, [example.query for example in opened.dataset.splits[name]]
-
-
-def _predicted(
-    predictor: Predictor, opened: OpenedData, name: str, split: Split, rows: Int64[ndarray, " n"]
-) -> Float32[ndarray, "n E"]:
-    """Predictions for some examples of a split, from what the model reads."""
-    if not predictor.model.config.reads_text:
-        found: Float32[ndarray, "n E"] = predictor.predict(
-            split.context[rows], split.query[rows], split.mask[rows]
-        )
-        return found
-    contexts, queries = _texts(opened, name)
-    return predictor.predict_text([contexts[row] for row in rows], [queries[row] for row in rows])
 
 
 def _leak(
@@ -172,7 +140,7 @@ def _leak(
         split = splits[name]
         labels = conversations(opened.dataset.splits[name])
         rows = _sample(labels)
-        predicted = _predicted(predictor, opened, name, split, rows)
+        predicted = predictions(predictor, _rows_of(split, rows))
         right = [split.positives[row] for row in rows]
         to_prediction, to_query = closeness(predicted, memory, right), None
         if split.query.shape[1] == passages.shape[1]:
@@ -181,6 +149,19 @@ def _leak(
     if min(len(np.unique(side.conversation)) for side in sides) < 10:
         return {"measured": False, "why": "fewer than ten conversations on one side"}
     return {"measured": True, "held_out": held_out, **membership(*sides, seed=SEED)}
+
+
+def _rows_of(split: Split, rows: Int64[ndarray, " m"]) -> Split:
+    """Some queries of a split, and what is known before anything is searched."""
+    right = [split.positives[row] for row in rows]
+    arrays = split.query[rows], split.context[rows], split.mask[rows]
+    contexts, queries = split.context_texts, split.query_texts
+    return Split(
+        *arrays,
+        right,
+        context_texts=None if contexts is None else [contexts[row] for row in rows],
+        query_texts=None if queries is None else [queries[row] for row in rows],
+    )
 
 
 def _sample(labels: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:

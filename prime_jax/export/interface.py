@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from prime_jax.errors import ExportError
+from prime_jax.evaluate.arrays import Split
 from prime_jax.models import AnyConfig, Model
 
 OUTPUTS = ("embedding", "routing", "coarse", "fine")  # of which every model has the first
@@ -107,6 +108,16 @@ class Interface(ABC):
     @abstractmethod
     def golden_inputs(self) -> Arrays:
         """Seeded requests; what stands in padding is as plausible as what does not."""
+
+    @abstractmethod
+    def requests(self, split: Split, source: Path, query_prefix: str) -> Arrays:
+        """The queries of a split as the ONNX file takes them, `[Q, ...]`.
+
+        Args:
+            split: Embeddings and texts.
+            source: Folder that the model was read from.
+            query_prefix: Stands before queries; embeddings were made with it.
+        """
 
     @abstractmethod
     def alone(self, golden: Arrays) -> Iterator[Arrays]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from prime_jax.data.conversations import ConversationTokenizer
 from prime_jax.errors import DataError, ExportError
+from prime_jax.evaluate.arrays import Split
 from prime_jax.export.card_words import text_words
 from prime_jax.export.interface import Arrays, Company, Interface, Tensor, Words, source_of
 from prime_jax.export.joining import joined
@@ -88,6 +89,17 @@ class TextInterface(Interface):
             ids[row, lengths[row] :: 3] = config.separator_id
         mask = np.arange(width) < lengths[:, None]
         return {"input_ids": ids.astype(np.int32), "attention_mask": mask.astype(np.int32)}
+
+    def requests(self, split: Split, source: Path, query_prefix: str) -> Arrays:
+        """The conversations of a split as token ids, padded to the longest."""
+        assert split.context_texts is not None
+        assert split.query_texts is not None
+        tokenizer = ConversationTokenizer.of_model(self.config, source / TOKENIZER)
+        sequences = tokenizer(split.context_texts, [query_prefix + query for query in split.query_texts])
+        width = int(sequences.lengths.max(initial=1))
+        mask = np.arange(width) < sequences.lengths[:, None]
+        ids = sequences.padded(np.arange(len(sequences)), width)
+        return {"input_ids": ids, "attention_mask": mask.astype(np.int32)}
 
     def alone(self, golden: Arrays) -> Iterator[Arrays]:
         """Each golden request by itself, as wide as the longest."""
