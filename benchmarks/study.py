@@ -62,7 +62,8 @@ def opened(config: Config, unseen_key: str | None, judged: str = "dev") -> Opene
     if config.steered:
         sys.exit(f"a {config.model.kind} model takes steering, no turns: see benchmarks.steering_study")
     assert config.data.path is not None
-    source, encoder = config.data, load_encoder(config.data.encoder)
+    source = config.data
+    encoder = load_encoder(source.encoder, source.encoder_precision)
     prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     folder = None if source.store is None else Path(source.store)
     names = ("train", "dev", *({judged} - {"dev"}))

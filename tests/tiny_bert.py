@@ -82,11 +82,17 @@ def write_folder(
     kinds = ["Transformer"]
     if pooling is not None:
         kinds.append("Pooling")
-        flags = {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
+        flags: dict[str, Any] = {"word_embedding_dimension": HIDDEN}
+        flags |= {"pooling_mode_cls_token": pooling == "cls", "pooling_mode_mean_tokens": pooling == "mean"}
         (folder / "1_Pooling").mkdir(exist_ok=True)
         (folder / "1_Pooling" / "config.json").write_text(json.dumps(flags))
     modules = [
-        {"type": f"sentence_transformers.models.{kind}", "path": f"1_{kind}" if place else ""}
+        {
+            "idx": place,
+            "name": str(place),
+            "path": f"1_{kind}" if place else "",
+            "type": f"sentence_transformers.models.{kind}",
+        }
         for place, kind in enumerate(kinds)
     ]
     (folder / "modules.json").write_text(json.dumps(modules))

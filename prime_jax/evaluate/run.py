@@ -213,7 +213,8 @@ def split_arrays(
         source: How they were encoded.
         turns: Whether the model sees turns; a steered one has a steering vector in their place.
     """
-    has_turns = turns and any(one.context for examples in dataset.splits.values() for one in examples)
+    said = (example.context for examples in dataset.splits.values() for example in examples)
+    has_turns = turns and any(said)
     arrays = {}
     for name, part in embedded.splits.items():
         context, mask, query = part.arrays(embedded.store)
@@ -222,8 +223,10 @@ def split_arrays(
             texts = [source.query_prefix + _with_last_turn(example) for example in dataset.splits[name]]
             encode_texts(texts, encoder, embedded.store)
             last_turn = embedded.store[embedded.store.rows(texts)]
-        said = context_texts(dataset, embedded, name), [one.query for one in dataset.splits[name]]
-        arrays[name] = Split(query, context, mask, part.positives, last_turn, part.exclude, part.scope, *said)
+        words = context_texts(dataset, embedded, name), [one.query for one in dataset.splits[name]]
+        arrays[name] = Split(
+            query, context, mask, part.positives, last_turn, part.exclude, part.scope, *words
+        )
     return arrays
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from prime_jax.config import Config, TrainingConfig
 from prime_jax.data.embedded import EmbeddedDataset
@@ -117,6 +118,7 @@ class TrainingProgram:
         settings = self._config.train
 
         encoders = {} if self._encoder is None else initial_encoders(self._encoder, settings)
+        encoders = jax.tree.map(np.asarray, encoders)  # of no device: all processes' take part
 
         def start(encoders: Any) -> TrainState:
             return init_state(

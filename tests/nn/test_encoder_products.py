@@ -78,7 +78,9 @@ def test_an_embedding_does_not_depend_on_its_batch_when_attention_is_fused(
     encoder = BertTextEncoder(folder, fused=True, **settings)
     together = encoder.encode(TEXTS)
     np.testing.assert_allclose(
-        together, np.concatenate([encoder.encode([text]) for text in TEXTS]), atol=1e-6
+        together,
+        np.concatenate([encoder.encode([text]) for text in TEXTS]),
+        atol=1e-6 if not settings else 5e-6,  # float32 sums in another order may round to another bfloat16
     )
 
 

@@ -156,7 +156,7 @@ def test_from_raw_text_to_a_report(trained: Path, data: Path, tmp_path: Path) ->
     assert best.score > 0.2
     report = evaluate_run(trained, data, "dev", tmp_path / "report")
     assert report["methods"]["predicted"]["MRR@10"] == pytest.approx(best.score, abs=1e-6)
-    assert report["reliability"] is not None  # a confidence came with it
+    assert report["confidence"] is not None  # a confidence came with it
 
 
 def test_texts_in_vectors_out(trained: Path) -> None:
