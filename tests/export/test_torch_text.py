@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_bert
@@ -36,11 +37,14 @@ def family(request: pytest.FixtureRequest) -> str:
 
 
 def model_of(family: str) -> TextPredictor:
-    more = dict(FAMILIES[family])
-    if family == "roberta":
-        more["encoder"] = tiny_bert.CONFIG | {"model_type": "roberta", "pad_token_id": 0}
-        return text_model(TextConfig.model_validate(text_config().model_dump() | more))
-    return text_model(text_config(family, **more))
+    fields = text_config("modernbert" if family == "modernbert" else "bert").model_dump()
+    changed: dict[str, dict[str, Any]] = {
+        "bert": {},
+        "roberta": {"model_type": "roberta", "pad_token_id": 0},
+        "modernbert": {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"]},
+    }
+    encoder = fields["encoder"] | changed[family]
+    return text_model(TextConfig.model_validate(fields | FAMILIES[family] | {"encoder": encoder}))
 
 
 @pytest.fixture
@@ -143,6 +147,6 @@ def test_long_tables_keep_their_rows_in_eight_bits(tmp_path: Path) -> None:
     sizes = [(tmp_path / name).stat().st_size for name in ("model.onnx", "int8.onnx")]
     assert sizes[1] < sizes[0] - 3 * 1500 * 32 * 0.9
     ids = np.arange(1480).reshape(74, 20)
-    expected = model(ids, np.ones(ids.shape, bool))
+    expected = np.asarray(model(jnp.asarray(ids), jnp.ones(ids.shape, bool)))
     found = onnx(tmp_path, ids, np.ones(ids.shape), "int8.onnx")
     assert (found * expected).sum(axis=1).min() > 0.98
