@@ -147,11 +147,13 @@ def _company(stranger: str, found: Mapping[str, Any] | None) -> str:
     if found is None:
         return ""
     worst = ", ".join(f"{value:.1e} in {name}" for name, value in found["max_abs_difference"].items())
-    padding = "".join(
-        f" Padding changes them by at most {one['max_abs_difference']:.1e} in {name} (cosine "
-        f"{one['min_cosine']:.6f})."
-        for name, one in found.get("padding", {}).items()
-    )
+    padding = ""
+    if "padding" in found:
+        changes = ", ".join(
+            f"{one['max_abs_difference']:.1e} in {name} (cosine {one['min_cosine']:.6f})"
+            for name, one in found["padding"].items()
+        )
+        padding = f" Padding behind them changes them by at most {changes}."
     return (
         f"A request is answered alike in any batch: alone, beside {stranger} and among "
         f"{found['rows']} rows its golden answers differ by at most {worst}.{padding}"

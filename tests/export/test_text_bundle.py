@@ -297,6 +297,7 @@ def test_the_card_says_what_it_reads(bundle: Path) -> None:
     assert "the query and up to 10 turns" in card
     assert "It searches passages as the encoder `tiny-mean-" in card
     assert "beside a row of 32 tokens" in card
+    assert re.search(r"Padding behind them changes them by at most \d\.\de-0[78] in fp32 \(cosine", card)
     assert "| `input_ids` | int32 [B, T] |" in card
 
 
