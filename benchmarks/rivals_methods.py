@@ -307,7 +307,10 @@ def ours(task: Task, config: Config, seed: int) -> Cell:
         info = predictor.info()
     anew = settings.target != "frozen" or settings.y_encoder != "frozen"
     about = {"best_step": info["step"], "parameters": info["parameters"]}
-    return Cell(found, seconds, anew, ms, kept, _megabytes(encoder, info["parameters"]), about)
+    size = _megabytes(encoder, info["parameters"])
+    if predictor.reads_text:  # it is the encoder of a question
+        size = FLOAT32 * info["parameters"] / 1e6
+    return Cell(found, seconds, anew, ms, kept, size, about)
 
 
 def _read_ranking(file: Path, task: Task) -> ndarray:

@@ -21,7 +21,18 @@ PARTS = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
 
 # Lowest first. A part imports from the rows below it and from its neighbours, neighbours never in a circle.
 ROWS = [
-    {"errors", "frozen", "types", "files", "locks", "manifest", "progress", "turns", "_version"},
+    {
+        "errors",
+        "frozen",
+        "types",
+        "files",
+        "locks",
+        "manifest",
+        "progress",
+        "program_cache",
+        "turns",
+        "_version",
+    },
     {"nn", "retrieval"},
     {"models", "losses", "data", "pretrained"},
     {"hybrid"},

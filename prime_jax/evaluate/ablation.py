@@ -28,7 +28,7 @@ def ablated(predictor: Predictor, test: Split, seed: int) -> Mapping[str, ndarra
         seed: Of who gets whose turns.
     """
     others = _derangement(len(test.query), seed)
-    if predictor.model.config.reads_text:
+    if predictor.reads_text:
         return _without_words(predictor, test, others)
     nothing = np.zeros_like(test.mask)
     found = {

@@ -39,6 +39,7 @@ class Split(NamedTuple):
         scope: Scope of each query, `[Q]`, or None.
         context_texts: The turns themselves, oldest first, of each query, or None.
         query_texts: The queries themselves, or None.
+        conversation: Embeddings of query and turns as one text, the newest turn first, `[Q, D]`, or None.
     """
 
     query: Float32[ndarray, "Q D"]
@@ -50,6 +51,7 @@ class Split(NamedTuple):
     scope: Shaped[ndarray, " Q"] | None = None
     context_texts: Sequence[Sequence[str]] | None = None
     query_texts: Sequence[str] | None = None
+    conversation: Float32[ndarray, "Q D"] | None = None
 
 
 def retrieve(

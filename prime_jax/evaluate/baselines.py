@@ -101,6 +101,19 @@ def recency_mix() -> Baseline:
     return Baseline("recency_mix", grid, prepare)
 
 
+def conversation_text() -> Baseline:
+    """The encoded text of the query followed by the turns, the newest first, + weight * query."""
+
+    def prepare(split: Split) -> Callable[[Settings], ndarray]:
+        if split.conversation is None:
+            raise DataError("conversation_text: the split has no encoded text of its conversations")
+        base, whole = unit(split.query), unit(split.conversation)
+        return lambda settings: unit(whole + settings["weight"] * base)
+
+    weights = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+    return Baseline("conversation_text", [{"weight": weight} for weight in weights], prepare)
+
+
 def last_turn_concat() -> Baseline:
     """The encoded text of the last turn followed by the query."""
 

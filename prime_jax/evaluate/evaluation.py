@@ -13,6 +13,7 @@ from prime_jax.evaluate.baselines import (
     Baseline,
     Settings,
     average_feedback,
+    conversation_text,
     last_turn_concat,
     mean_context,
     query,
@@ -109,7 +110,9 @@ class Evaluation:
 
 
 def baselines(train: Split, dev: Split, corpus: Corpus) -> list[Baseline]:
-    """Every baseline that the data allows; `last_turn_concat` needs `dev.last_turn`.
+    """Every baseline that the data allows.
+
+    `last_turn_concat` needs `dev.last_turn`, `conversation_text` needs `dev.conversation`.
 
     Raises:
         DataError: If queries and passages differ in dimension, so that nothing untrained can compare them.
@@ -122,6 +125,8 @@ def baselines(train: Split, dev: Split, corpus: Corpus) -> list[Baseline]:
     some = [query(), mean_context(), recency_mix(), average_feedback(corpus), rocchio(corpus)]
     if dev.last_turn is not None:
         some.append(last_turn_concat())
+    if dev.conversation is not None:
+        some.append(conversation_text())
     return [*some, ridge(train, corpus), ridge_context(train, corpus)]
 
 

@@ -109,7 +109,7 @@ def evaluate_run(
 
 def predictions(predictor: Predictor, split: Split) -> np.ndarray:
     """Predictions `[Q, E]` for a split, from its texts where the model reads them, or from its embeddings."""
-    if not predictor.model.config.reads_text:
+    if not predictor.reads_text:
         return predictor.predict(split.context, split.query, split.mask)
     assert split.context_texts is not None
     assert split.query_texts is not None
@@ -204,7 +204,7 @@ def split_arrays(
     *,
     turns: bool = True,
 ) -> dict[str, Split]:
-    """Every split as arrays. "Last turn + query" is encoded where the data itself has turns.
+    """Every split as arrays. Texts of several turns are encoded where the data itself has turns.
 
     Args:
         dataset: The texts.
@@ -218,14 +218,33 @@ def split_arrays(
     arrays = {}
     for name, part in embedded.splits.items():
         context, mask, query = part.arrays(embedded.store)
-        last_turn = None
+        contexts, queries = (
+            context_texts(dataset, embedded, name),
+            [one.query for one in dataset.splits[name]],
+        )
+
+        def encoded(texts: Sequence[str]) -> np.ndarray:
+            prefixed = [source.query_prefix + text for text in texts]
+            encode_texts(prefixed, encoder, embedded.store)
+            return embedded.store[embedded.store.rows(prefixed)]
+
+        last_turn = conversation = None
         if has_turns:
-            texts = [source.query_prefix + _with_last_turn(example) for example in dataset.splits[name]]
-            encode_texts(texts, encoder, embedded.store)
-            last_turn = embedded.store[embedded.store.rows(texts)]
-        words = context_texts(dataset, embedded, name), [one.query for one in dataset.splits[name]]
+            last_turn = encoded([_with_last_turn(example) for example in dataset.splits[name]])
+            if name != "train":  # nothing is fitted to it
+                pairs = zip(queries, contexts, strict=True)
+                conversation = encoded(["\n".join([asked, *reversed(turns)]) for asked, turns in pairs])
         arrays[name] = Split(
-            query, context, mask, part.positives, last_turn, part.exclude, part.scope, *words
+            query,
+            context,
+            mask,
+            part.positives,
+            last_turn,
+            part.exclude,
+            part.scope,
+            contexts,
+            queries,
+            conversation,
         )
     return arrays
 

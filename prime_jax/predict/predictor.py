@@ -308,6 +308,11 @@ class Predictor:
         self._warmup_seconds = time.perf_counter() - started
 
     @property
+    def reads_text(self) -> bool:
+        """Whether the model takes texts (`predict_text`) and no embeddings."""
+        return self.model.config.reads_text
+
+    @property
     def query_prefix(self) -> str:
         """What stands before queries (and turns, where they are encoded by themselves)."""
         if self.config is not None:

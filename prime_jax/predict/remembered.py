@@ -17,8 +17,8 @@ from prime_jax._version import __version__
 from prime_jax.errors import PredictorError
 from prime_jax.files import read_json, write_json
 from prime_jax.models import AnyConfig
-from prime_jax.predict.compiled import home, usable
 from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, half_recipes
+from prime_jax.program_cache import home, usable
 
 FORMAT = 1
 _NOT_ITS_SHAPE = {"checkpoint_path", "init_from", "dropout", "use_torch_compile", "use_static_cache"}

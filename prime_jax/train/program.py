@@ -1,5 +1,6 @@
 """Everything a run computes with: mesh, model, objective, optimizer, and the step they compile to."""
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -20,6 +21,7 @@ from prime_jax.models.subspace import CENTROIDS, SubspaceConfig
 from prime_jax.nn.remat import Remat
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.llama import Place, pretrained_layers
+from prime_jax.program_cache import cache_folder, caching_in
 from prime_jax.train import memory
 from prime_jax.train.collective import say
 from prime_jax.train.encoders import encoder_plan, initial_encoders
@@ -189,10 +191,13 @@ class TrainingProgram:
 
     def _compile(self, state: TrainState, batch: Batch) -> Any:
         """Compile, say how much memory a step takes, and refuse what cannot fit."""
-        compiled = self._step.lower(state, batch, self._corpus).compile()
+        began = time.perf_counter()
+        with caching_in(cache_folder()):
+            compiled = self._step.lower(state, batch, self._corpus).compile()
         needs = memory.needs_of(compiled, state)
         limit = memory.available(jax.local_devices()[0])
-        say(memory.describe(needs, limit))
+        what = "a step for another length of texts" if self._compiled else memory.describe(needs, limit)
+        say(f"{what}; compiled in {time.perf_counter() - began:.1f} s")
         memory.check(needs, limit, self._config)
         return compiled
 

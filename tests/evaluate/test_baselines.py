@@ -160,6 +160,13 @@ def test_last_turn_concat_is_there_only_where_it_was_encoded():
     encoded = SPLIT._replace(last_turn=np.stack([2 * UP, EAST]))
     names = [baseline.name for baseline in every_baseline(SPLIT, SPLIT, corpus)]
     assert "last_turn_concat" not in names
+    assert "conversation_text" not in names
+    whole = SPLIT._replace(conversation=np.stack([2 * UP, EAST]))
+    assert "conversation_text" in [baseline.name for baseline in every_baseline(SPLIT, whole, corpus)]
+    mixed = baselines.conversation_text().prepare(whole)({"weight": 1.0})
+    np.testing.assert_allclose(mixed, unit(np.stack([UP, EAST]) + unit(SPLIT.query)), atol=1e-6)
+    with pytest.raises(DataError, match="no encoded text of its conversations"):
+        vectors(baselines.conversation_text())
     assert "last_turn_concat" in [baseline.name for baseline in every_baseline(SPLIT, encoded, corpus)]
     np.testing.assert_array_equal(vectors(baselines.last_turn_concat(), encoded), [UP, EAST])
     with pytest.raises(DataError, match="no encoded"):

@@ -44,6 +44,7 @@ class FakeRun(Predictor):
     data_hash: str = ""
     target_head: None = None
     confidence: None = None
+    reads_text: bool = False
 
     def info(self):
         return {"encoder": self.encoder, "data_hash": self.data_hash, "step": 3}

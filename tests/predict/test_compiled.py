@@ -14,7 +14,8 @@ import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from prime_jax.predict.compiled import FOLDER, GPU_OPTIONS, _compile, cache_folder, compile_ahead, compile_all
+from prime_jax.predict.compiled import GPU_OPTIONS, _compile, compile_ahead, compile_all
+from prime_jax.program_cache import FOLDER, cache_folder
 
 HIT = "/jax/compilation_cache/cache_hits"
 

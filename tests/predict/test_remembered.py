@@ -11,11 +11,11 @@ from jax import monitoring
 from predictors import D, make, requests
 
 from prime_jax.predict import precision, programs
-from prime_jax.predict.compiled import FOLDER
 from prime_jax.predict.precision import EXACT, Choice, Recipe
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.programs import Programs
 from prime_jax.predict.remembered import Remembered
+from prime_jax.program_cache import FOLDER
 
 HALF = Recipe("bfloat16", "float32", outputs_first=True)
 CHOICES = {1: Choice(HALF, "measured: float32 2.0 ms, bfloat16 1.0 ms"), 4: Choice(EXACT, "measured")}
