@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from safetensors.numpy import save_file
 
 from benchmarks.common import facts
@@ -30,8 +29,8 @@ from benchmarks.search import Report, installed
 from prime_jax.files import write_json
 from prime_jax.nn.bert import BertConfig
 from prime_jax.nn.encoders import build_encoder
+from prime_jax.nn.torch_layout import tensors_of
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.pretrained.bert_weights import bert_tensors
 
 Encode = Callable[[Sequence[str]], np.ndarray]
 ROUNDS = 5
@@ -73,7 +72,7 @@ def write_folder(folder: Path, shape: Shape, longest: int) -> Path:
     folder.mkdir(parents=True)
     write_json(folder / "config.json", fields)
     model = build_encoder(BertConfig.parse(fields, "config.json"), jnp.float32)
-    tensors = dict(bert_tensors(nnx.to_pure_dict(nnx.state(model))))
+    tensors = tensors_of(model)
     arrays = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
     save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
     vocabulary = {word: row for row, word in enumerate([*SPECIAL, *map(word_of, range(WORDS))])}

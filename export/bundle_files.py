@@ -72,6 +72,20 @@ def onnx_file(bundle: Path, manifest: dict[str, Any], precision: str) -> Path:
     return bundle / str(manifest["onnx"][precision])
 
 
+def config_of_embeddings(bundle: Path) -> dict[str, Any]:
+    """The bundle's config.json, of a model that takes embeddings.
+
+    Raises:
+        BundleError: If the model reads texts.
+    """
+    config: dict[str, Any] = json.loads((bundle / "config.json").read_text())
+    if "context" not in config["inputs"]:
+        raise BundleError(
+            f"{bundle}: its model reads texts, not embeddings; MODEL_CARD.md shows how to ask it"
+        )
+    return config
+
+
 def torch_runtime(bundle: Path) -> ModuleType:
     """The bundle's own PyTorch module, from the very bytes that were checked."""
     manifest, path = verify(bundle), bundle / "torch_runtime.py"
@@ -87,7 +101,7 @@ def read_safetensors(path: Path) -> dict[str, Any]:
     """The arrays of a safetensors file; the package `safetensors` does the same."""
     import numpy as np
 
-    types = {"F32": np.float32, "F16": np.float16, "BOOL": np.bool_, "U8": np.uint8}
+    types = {"F32": np.float32, "F16": np.float16, "I32": np.int32, "BOOL": np.bool_, "U8": np.uint8}
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

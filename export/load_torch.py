@@ -26,18 +26,22 @@ def main() -> None:
     print(f"parameters: {model.get_num_params():,}")
 
     golden = runtime.read_safetensors(bundle / "golden.safetensors")
+    texts = "input_ids" in golden
+    names = ("input_ids", "attention_mask") if texts else ("context", "query", "context_mask")
     with torch.inference_mode():
-        answers = model(golden["context"], golden["query"], golden["context_mask"])
+        answers = model(*(golden[name] for name in names))
     difference = (answers - golden["embedding"]).abs().max().item()
     print(f"golden requests: {len(answers)}, largest difference {difference:.1e}")
     if not difference <= 1e-4:  # room for processors that round differently
         sys.exit("this machine does not compute what the model should")
 
-    size = model.config.input_dim
-    turns = torch.nn.functional.normalize(torch.randn(1, 1, size), dim=-1)  # your encoder's vectors
-    query = torch.nn.functional.normalize(torch.randn(1, size), dim=-1)
+    if texts:  # with the package tokenizers: runtime.load_tokenizer(bundle)([turns], [query])
+        given = golden["input_ids"][:1], golden["attention_mask"][:1]
+    else:  # your encoder's vectors: any number of turns up to max_context_length, no padding needed
+        vectors = torch.nn.functional.normalize(torch.randn(1, 2, model.config.input_dim), dim=-1)
+        given = vectors[:, :1], vectors[:, 1]
     with torch.inference_mode():
-        embedding = model(turns, query)  # any number of turns up to max_context_length, no padding needed
+        embedding = model(*given)
     print(
         f"prediction: {tuple(embedding.shape)}, norm {embedding.norm().item():.4f}; search your index with it"
     )
@@ -45,7 +49,7 @@ def main() -> None:
     model.train()  # it is an ordinary module: go on training it
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
     right = torch.nn.functional.normalize(torch.randn(1, model.config.output_dim), dim=-1)
-    loss = 1 - (model(turns, query) * right).sum()
+    loss = 1 - (model(*given) * right).sum()
     loss.backward()
     optimizer.step()
     print(f"one training step: loss {loss.item():.4f}")

@@ -22,6 +22,7 @@ import numpy as np
 from bundle_files import (
     BundleError,
     checked,
+    config_of_embeddings,
     file_sha256,
     onnx_file,
     read_safetensors,
@@ -271,7 +272,7 @@ def _short(text: str) -> str:
 def run(given: Namespace) -> None:
     """Write the memories, ask the questions, compare."""
     manifest = verify(given.bundle)
-    config = json.loads((given.bundle / "config.json").read_text())
+    config = config_of_embeddings(given.bundle)
     if config["model"].get("kind", "prime") != "prime":
         raise BundleError(
             f"{given.bundle}: its model takes a steering vector in place of turns; this script gives it turns"

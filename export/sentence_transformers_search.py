@@ -10,7 +10,6 @@
 the terminal, one turn a line, and finds a line of the file PASSAGES for each, by query and by prediction.
 """
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
-from bundle_files import BundleError, checked, onnx_file, read_safetensors, verify
+from bundle_files import BundleError, checked, config_of_embeddings, onnx_file, read_safetensors, verify
 
 
 class PredictedQuery:
@@ -37,7 +36,7 @@ class PredictedQuery:
     def __init__(self, encoder: Any, bundle: str | Path, precision: str = "fp32"):
         bundle = Path(bundle)
         file = onnx_file(bundle, verify(bundle), precision)
-        config = json.loads((bundle / "config.json").read_text())
+        config = config_of_embeddings(bundle)
         if config.get("context_from") == "search":
             raise BundleError(
                 f"{bundle}: takes the passages of a first search as turns, not a conversation's"

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 import pytest
 
-from prime_jax.export.interface import torch_source
+from prime_jax.export.interfaces import interface_of
 from prime_jax.models.jasper import JasperConfig
 from prime_jax.models.prime import PredictorConfig
+from prime_jax.models.text import TextConfig
 
 ROOT = Path(__file__).parents[1] / "prime_jax"
 FILES = sorted(ROOT.rglob("*.py"))
@@ -158,11 +159,12 @@ def test_torch_is_imported_in_export_only() -> None:
 
 def test_what_lies_in_a_bundle_stands_alone() -> None:
     llama = PredictorConfig(block="llama")
-    for config in (PredictorConfig(), llama, JasperConfig()):
-        modules = {top(module) for module, _ in imports_of(torch_source(config), "bundle")}
-        assert "torch" in modules
-        assert modules - sys.stdlib_module_names == {"torch"}
-    assert "class LlamaBlock" in torch_source(llama)
+    for config in (PredictorConfig(), llama, JasperConfig(), TextConfig()):
+        source = interface_of(config).torch_source()
+        modules = {top(module) for module, _ in imports_of(source, "bundle")}
+        needed = {"torch", "tokenizers"} if config.reads_text else {"torch"}
+        assert modules - sys.stdlib_module_names == needed
+    assert "class LlamaBlock" in interface_of(llama).torch_source()
 
 
 def test_nothing_reads_or_writes_pickle() -> None:

@@ -114,6 +114,7 @@ def _export(given: Namespace) -> dict[str, Any]:
             options=options,
             evidence=gather_evidence(predictor, given.run, data, store=given.store) if data else None,
             encoder=_encoders_of(predictor),
+            source=Path(predictor.info()["source"]),
         )
     if given.triton is not None:
         write_repository(given.out, given.triton)
@@ -164,7 +165,7 @@ def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
         config = given.like / "config.json"
         facts = {name: fact for name, fact in read_json(config).items() if name in CONFIG_FACTS}
     model = from_torch(given.torch, config)
-    return write_bundle(model, given.out, facts=facts, target_head=head, options=options)
+    return write_bundle(model, given.out, facts=facts, target_head=head, options=options, source=given.like)
 
 
 def _print(given: Namespace, parity: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """A bundle: everything a consumer needs who never installs JAX, in one folder that proves itself."""
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from prime_jax.errors import CheckpointError, ExportError
 from prime_jax.export.batch_independence import batch_independence
 from prime_jax.export.evidence import MAX_LOSS, METRIC, Evidence
 from prime_jax.export.golden import (
-    Arrays,
     compare,
     golden_inputs,
     jax_answers,
@@ -21,7 +21,8 @@ from prime_jax.export.golden import (
     onnxruntime_answers,
     same_choice,
 )
-from prime_jax.export.interface import Tensor, check_centroids, inputs_of, outputs_of, torch_source
+from prime_jax.export.interface import Arrays, Interface, Tensor
+from prime_jax.export.interfaces import interface_of
 from prime_jax.export.model_card import model_card
 from prime_jax.export.optional import need
 from prime_jax.export.quantize import Precision, file_of, quantize
@@ -80,6 +81,7 @@ def write_bundle(
     options: Options | None = None,
     evidence: Evidence | None = None,
     encoder: Path | None = None,
+    source: Path | None = None,
 ) -> dict[str, Any]:
     """Write a bundle, after the exported files gave JAX's numbers on golden inputs.
 
@@ -98,15 +100,16 @@ def write_bundle(
         options: What else it holds.
         evidence: Validation data to judge lower precisions on, and the result of the leak check.
         encoder: Folder of the encoders that were trained with the model, to be carried along.
+        source: Folder that the model was read from; a text model's tokenizer is copied from it.
 
     Returns:
         What parity.json holds.
 
     Raises:
         ExportError: If a weight is NaN or Inf, all centroids are zero, a package is missing, `folder` holds
-            something else, a runtime differs from JAX by more than 1e-5 in any output, a lower precision
-            has no evidence or loses more than allowed, or an answer depends on the rest of its batch. Nothing
-            is written then.
+            something else, `source` lacks a file that the model needs, a runtime differs from JAX by more
+            than 1e-5 in any output, a lower precision has no evidence or loses more than allowed, or an
+            answer depends on the rest of its batch. Nothing is written then.
         PredictorError: If the model version is not a semantic version.
     """
     options = options or Options()
@@ -117,7 +120,9 @@ def write_bundle(
             f"{options.precisions[-1]} is only written with what it loses on validation data; "
             "name the data folder with --data"
         )
-    check_centroids(model)
+    interface = interface_of(model.config)
+    interface.check(model)
+    interface.check_files(source)
     tensors = state_dict(model)
     try:
         model = load_state_dict(model.config, tensors)  # refuses NaN; computes in float32 whatever it was
@@ -127,8 +132,11 @@ def write_bundle(
     golden |= jax_answers(model, golden)
     known = {name: facts[name] for name in FACTS if name in facts}
     with atomic_folder(folder) as part:
-        write_json(part / "config.json", _config(model, known))
-        write_text(part / "torch_runtime.py", torch_source(model.config))
+        write_json(part / "config.json", _config(interface, known))
+        write_text(part / "torch_runtime.py", interface.torch_source())
+        for name in interface.files:
+            assert source is not None
+            shutil.copyfile(source / name, part / name)
         _write_safetensors(part / "model.safetensors", tensors)
         _write_safetensors(part / "golden.safetensors", golden)
         if options.state_dict:
@@ -153,7 +161,7 @@ def write_bundle(
         parity = compare(golden, part)
         lower = {name: _lower(part, golden, name, options, evidence) for name in options.precisions[1:]}
         if parity["onnxruntime"]["checked"]:
-            parity["batch_independence"] = batch_independence(golden, part, told["onnx"])
+            parity["batch_independence"] = batch_independence(interface, golden, part, told["onnx"])
         if lower:
             parity["precisions"] = lower
         if texts is not None:
@@ -164,7 +172,7 @@ def write_bundle(
         write_text(
             part / "MODEL_CARD.md",
             model_card(
-                model.config,
+                interface,
                 model.num_params(),
                 facts,
                 parity,
@@ -245,14 +253,13 @@ def _check_free(folder: Path) -> None:
             raise ExportError(f"{folder}: holds something that is not a bundle; name another folder")
 
 
-def _config(model: Model, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _config(interface: Interface, facts: Mapping[str, Any]) -> dict[str, Any]:
     """What config.json holds."""
-    config = model.config
-    outputs = {output.name: _described(output) for output in outputs_of(config)}
+    outputs = {output.name: _described(output) for output in interface.outputs}
     outputs["embedding"]["normalised"] = True
     return {
-        "model": _model(config),
-        "inputs": {given.name: _described(given) for given in inputs_of(config)},
+        "model": _model(interface.config),
+        "inputs": {given.name: _described(given) for given in interface.inputs},
         "output": outputs,
         **{name: facts[name] for name in CONFIG_FACTS if name in facts},
     }

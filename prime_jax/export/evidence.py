@@ -13,8 +13,10 @@ from prime_jax.data.records import SPLITS
 from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.membership import Closeness, closeness, membership
-from prime_jax.evaluate.run import OpenedData, conversations, open_data, split_arrays
+from prime_jax.evaluate.run import OpenedData, conversations, open_data, predictions, split_arrays
 from prime_jax.evaluate.significance import compare
+from prime_jax.export.interface import Arrays
+from prime_jax.export.interfaces import interface_of
 from prime_jax.export.optional import need
 from prime_jax.predict.predictor import Predictor
 from prime_jax.progress import progress
@@ -38,12 +40,14 @@ class Evidence:
         corpus: The passages as predictions search them.
         groups: Conversation of each query.
         leak: What `membership` found, or why it was not measured.
+        requests: The queries as the model's ONNX file takes them, by name of the input.
     """
 
     validation: Split
     corpus: Corpus
     groups: Int64[ndarray, " Q"]
     leak: dict[str, Any]
+    requests: Arrays
 
     def judge(self, reference: Path, candidate: Path) -> dict[str, Any]:
         """Compare what two ONNX files find on the validation split.
@@ -67,17 +71,12 @@ class Evidence:
         }
 
     def _answers(self, path: Path) -> Float32[ndarray, "Q E"]:
-        runtime, split = need("onnxruntime", "onnx"), self.validation
+        runtime, count = need("onnxruntime", "onnx"), len(self.validation.query)
         session = runtime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         found = []
-        with progress(f"Predicting with {path.name}", len(split.query), "queries") as advance:
-            for start in range(0, len(split.query), _ROWS):
-                rows = slice(start, start + _ROWS)
-                feeds = {
-                    "context": split.context[rows],
-                    "context_mask": split.mask[rows],
-                    "query": split.query[rows],
-                }
+        with progress(f"Predicting with {path.name}", count, "queries") as advance:
+            for start in range(0, count, _ROWS):
+                feeds = {name: array[start : start + _ROWS] for name, array in self.requests.items()}
                 found.append(session.run(["embedding"], feeds)[0])
                 advance(len(found[-1]))
         answers: Float32[ndarray, "Q E"] = np.concatenate(found)
@@ -112,11 +111,15 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
     passages = opened.embedded.corpus()
     memory = passages if predictor.target_head is None else predictor.map_memory(passages)
     scope = opened.embedded.corpus_scope
+    interface = interface_of(predictor.model.config)
     return Evidence(
         validation=splits[VALIDATION],
         corpus=Corpus(memory, scope, ExactIndex(memory, scope)),
         groups=conversations(opened.dataset.splits[VALIDATION]),
         leak=_leak(predictor, opened, splits, passages, memory),
+        requests=interface.requests(
+            splits[VALIDATION], Path(predictor.info()["source"]), predictor.query_prefix
+        ),
     )
 
 
@@ -137,7 +140,7 @@ def _leak(
         split = splits[name]
         labels = conversations(opened.dataset.splits[name])
         rows = _sample(labels)
-        predicted = predictor.predict(split.context[rows], split.query[rows], split.mask[rows])
+        predicted = predictions(predictor, _rows_of(split, rows))
         right = [split.positives[row] for row in rows]
         to_prediction, to_query = closeness(predicted, memory, right), None
         if split.query.shape[1] == passages.shape[1]:
@@ -146,6 +149,19 @@ def _leak(
     if min(len(np.unique(side.conversation)) for side in sides) < 10:
         return {"measured": False, "why": "fewer than ten conversations on one side"}
     return {"measured": True, "held_out": held_out, **membership(*sides, seed=SEED)}
+
+
+def _rows_of(split: Split, rows: Int64[ndarray, " m"]) -> Split:
+    """Some queries of a split, and what is known before anything is searched."""
+    right = [split.positives[row] for row in rows]
+    arrays = split.query[rows], split.context[rows], split.mask[rows]
+    contexts, queries = split.context_texts, split.query_texts
+    return Split(
+        *arrays,
+        right,
+        context_texts=None if contexts is None else [contexts[row] for row in rows],
+        query_texts=None if queries is None else [queries[row] for row in rows],
+    )
 
 
 def _sample(labels: Int64[ndarray, " n"]) -> Int64[ndarray, " m"]:

@@ -1,7 +1,7 @@
 """Golden inputs, and how closely each runtime gives the answers that JAX gives on them."""
 
 import importlib.metadata
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,48 +11,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.errors import ExportError
-from prime_jax.export.interface import INPUTS, OUTPUTS
+from prime_jax.export.interface import OUTPUTS, Arrays, Interface
+from prime_jax.export.interfaces import interface_of
 from prime_jax.models import AnyConfig, Model
-from prime_jax.models.jasper import SteeredConfig
-from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.models.bundle import read_config
 
-SEED = 0
 TOLERANCE = 1e-5
-STEERED_ROWS = 16
-Arrays = dict[str, np.ndarray[Any, np.dtype[Any]]]
 
 
 def golden_inputs(config: AnyConfig) -> Arrays:
-    """Seeded requests, one for every number of real turns from 0 to N: unit vectors around a common topic.
-
-    Every second row has its padding in front instead of behind, and padded slots hold vectors like the
-    others, so that a consumer who forgets the mask gets wrong numbers. A steered model gets 16 questions, the
-    even ones without steering.
-    """
-    rng = np.random.default_rng(SEED)
-    N, D = config.max_context_length, config.input_dim
-    rows = STEERED_ROWS if isinstance(config, SteeredConfig) else N + 1
-    topic = rng.normal(size=(rows, 1, D))
-    vectors = topic + rng.normal(size=(rows, N + 1, D))
-    vectors /= np.linalg.norm(vectors, axis=-1, keepdims=True)
-    mask = np.arange(N) < np.arange(rows)[:, None] % (N + 1)
-    mask[1::2] = mask[1::2, ::-1]
-    vectors = vectors.astype(np.float32)
-    return {"context": vectors[:, :N].copy(), "context_mask": mask, "query": vectors[:, N].copy()}
+    """Seeded requests to a model of this kind (`Interface.golden_inputs`)."""
+    return interface_of(config).golden_inputs()
 
 
 def jax_answers(model: Model, inputs: Arrays) -> Arrays:
     """What JAX predicts, with exact float32 products on every device, by name of the output."""
-    given = [jnp.asarray(inputs[name]) for name in ("context", "query", "context_mask")]
+    given = {name: jnp.asarray(array) for name, array in inputs.items()}
     with jax.default_matmul_precision("highest"):
-        if isinstance(model, EmbeddingPredictor):
-            return {"embedding": np.asarray(model(*given))}
-        return _named(model.details(*given)._asdict())
-
-
-def _named(found: Mapping[str, Any]) -> Arrays:
-    """The outputs among what a model says of a prediction."""
-    return {name: np.asarray(found[name]) for name in OUTPUTS if found.get(name) is not None}
+        found = interface_of(model.config).predict(model, given)
+    return {name: np.asarray(answer) for name, answer in found.items()}
 
 
 def compare(golden: Arrays, bundle: Path) -> dict[str, Any]:
@@ -91,7 +68,7 @@ def differences(answers: Arrays, golden: Arrays) -> dict[str, float]:
     Raises:
         ExportError: If one has an output that the other lacks; the message names it.
     """
-    for name in sorted(answers.keys() ^ (golden.keys() - set(INPUTS))):
+    for name in sorted(answers.keys() ^ (golden.keys() & set(OUTPUTS))):
         lacking = "the runtime gives none" if name in golden else "the golden answers have none"
         raise ExportError(f"output {name!r}: {lacking}")
     return {name: float(np.abs(answers[name] - golden[name]).max()) for name in answers}
@@ -152,17 +129,26 @@ def onnxruntime_answers(golden: Arrays, bundle: Path, file: str = "model.onnx") 
     return {name: np.asarray(answer) for name, answer in zip(names, session.run(names, feeds), strict=True)}
 
 
-def torch_answers(golden: Arrays, bundle: Path, source: str | None = None) -> Arrays:
-    """What the bundle's weights answer to the golden inputs in its own torch module, or in another source."""
+def torch_answers(
+    golden: Arrays, bundle: Path, source: str | None = None, interface: Interface | None = None
+) -> Arrays:
+    """What the bundle's weights answer to the golden inputs in its own torch module, or in another source.
+
+    Args:
+        golden: Inputs; answers in it are not looked at.
+        bundle: The folder.
+        source: Of the module; None means the bundle's.
+        interface: How its models are called; None asks its config.json.
+    """
     import torch
 
     path = bundle / "torch_runtime.py"
     model = module_of(source or path.read_text("utf-8"), str(path)).load_bundle(bundle)
-    inputs = [torch.from_numpy(golden[name]) for name in ("context", "query", "context_mask")]
+    interface = interface or interface_of(read_config(bundle))
+    inputs = {name: torch.from_numpy(golden[name]) for name in interface.names}
     with torch.inference_mode():
-        if not hasattr(model, "details"):
-            return {"embedding": np.asarray(model(*inputs).numpy())}
-        return _named(model.details(*inputs)._asdict())
+        found = interface.predict_in_torch(model, inputs)
+    return {name: np.asarray(answer.numpy()) for name, answer in found.items()}
 
 
 def module_of(source: str, place: str) -> ModuleType:

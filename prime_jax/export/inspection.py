@@ -160,6 +160,13 @@ def _shape(model: Mapping[str, Any]) -> str:
             f"N {model['max_context_length']}, residual {model['residual']}, attention "
             f"{model['context_attention']}"
         )
+    if model["kind"] == "text":
+        encoder = model["encoder"]
+        return (
+            f"text, {encoder['model_type']} of {encoder['num_hidden_layers']} layers of "
+            f"{encoder['hidden_size']}, E {model['output_dim']}, reads {model['max_tokens']} tokens, "
+            f"N {model['max_context_length']}, pooling {model['pooling']}"
+        )
     words = f"{model['kind']}, stacks of {model['num_layers']} blocks of {model['hidden_dim']}, {ends}"
     if "num_subspaces" in model:
         words += f", {model['num_subspaces']} subspaces, routing {model['routing']}"

@@ -2,7 +2,8 @@
 
 Every row of activations is quantised by its own largest number, so a row's answer depends on no other row of
 its batch. Activations take 8 bits around 128, weights 7 bits with a scale per output: no sum of two products
-leaves 16 bits, where processors without VNNI would cut it off.
+leaves 16 bits, where processors without VNNI would cut it off. Long tables, of word embeddings, keep their
+rows as 8 bits and a scale each; they are looked up, not multiplied.
 """
 
 from collections.abc import Sequence
@@ -14,11 +15,13 @@ from prime_jax.export.optional import need
 
 STEPS, MIDDLE = 127, 128  # activations become 128 - 127 to 128 + 127
 WEIGHT_STEPS = 63  # 2 * 255 * 63 < 2 ** 15
+TABLE_STEPS = 127
+LONG = 1024  # rows of a table that is worth it
 TINY = np.float32(1e-30)  # the scale of a row of zeros
 
 
 def to_integers(model: Any) -> None:
-    """Replace every product with a constant matrix in an `onnx_ir.Model`, in place.
+    """Replace every product with a constant matrix, and every long table, in an `onnx_ir.Model`, in place.
 
     Only standard operators are written: QuantizeLinear with a scale per row, MatMulInteger.
     """
@@ -28,6 +31,8 @@ def to_integers(model: Any) -> None:
         constant = node.op_type == "MatMul" and node.inputs[1].const_value is not None
         if constant and len(node.inputs[1].shape) == 2:
             _replace(node, quantised, opset)
+        elif node.op_type == "Gather" and _is_long_table(node):
+            _replace_table(node, opset)
     passes.RemoveUnusedNodesPass()(model)
 
 
@@ -44,8 +49,36 @@ def _replace(node: Any, quantised: dict[Any, tuple[Any, Any]], opset: int) -> No
     product = made.add("Cast", [made.add("MatMulInteger", inputs)], to=ir.DataType.FLOAT)
     product = made.add("Mul", [product, made.constant(scales, f"{matrix.name}_scales")])
     product = made.add("Mul", [product, row_scales])
-    if len(rows.shape) != 2:
-        product = made.reshaped(product, [-1, *list(rows.shape)[1:-1], weights.shape[1]])
+    middle_sizes = list(rows.shape)[1:-1]
+    if all(isinstance(size, int) for size in middle_sizes) and middle_sizes:
+        product = made.reshaped(product, [-1, *middle_sizes, weights.shape[1]])
+    elif middle_sizes:  # texts of any length
+        width = made.constant(np.array([weights.shape[1]], np.int64), f"shape_{weights.shape[1]}")
+        sizes = made.add("Concat", [made.add("Shape", [rows], end=-1), width], axis=0)
+        product = made.add("Reshape", [product, sizes])
+    old = node.outputs[0]
+    product.name, product.type, product.shape = old.name, old.type, old.shape
+    ir.convenience.replace_nodes_and_values(node.graph, node, [node], made.nodes, node.outputs, [product])
+
+
+def _is_long_table(node: Any) -> bool:
+    table, axis = node.inputs[0].const_value, node.attributes.get("axis")
+    along_rows = axis is None or axis.as_int() == 0
+    return along_rows and table is not None and len(table.shape) == 2 and table.shape[0] >= LONG
+
+
+def _replace_table(node: Any, opset: int) -> None:
+    ir = need("onnx_ir", "onnx")
+    table, rows = node.inputs
+    values = table.const_value.numpy()
+    if values.dtype != np.float32:
+        return
+    scales = np.maximum(np.abs(values).max(axis=1, keepdims=True) / TABLE_STEPS, TINY).astype(np.float32)
+    made = _Nodes(node, opset)
+    kept = made.constant(np.rint(values / scales).astype(np.int8), f"{table.name}_int8")
+    found = made.add("Cast", [made.add("Gather", [kept, rows], axis=0)], to=ir.DataType.FLOAT)
+    scale = made.add("Gather", [made.constant(scales, f"{table.name}_scales"), rows], axis=0)
+    product = made.add("Mul", [found, scale])
     old = node.outputs[0]
     product.name, product.type, product.shape = old.name, old.type, old.shape
     ir.convenience.replace_nodes_and_values(node.graph, node, [node], made.nodes, node.outputs, [product])
@@ -60,16 +93,16 @@ def _quantised_weights(
 
 
 class _Nodes:
-    """The nodes that take the place of one product, in order."""
+    """The nodes that take the place of one node, in order."""
 
-    def __init__(self, product: Any, opset: int):
-        self._ir, self._product, self._opset = need("onnx_ir", "onnx"), product, opset
+    def __init__(self, replaced: Any, opset: int):
+        self._ir, self._replaced, self._opset = need("onnx_ir", "onnx"), replaced, opset
         self.nodes: list[Any] = []
 
     def add(self, kind: str, inputs: Sequence[Any], **attributes: Any) -> Any:
         """Add a node and return its output."""
         node = self._ir.node(kind, inputs, attributes=attributes)
-        node.outputs[0].name = f"{self._product.outputs[0].name}_{kind.lower()}_{len(self.nodes)}"
+        node.outputs[0].name = f"{self._replaced.outputs[0].name}_{kind.lower()}_{len(self.nodes)}"
         self.nodes.append(node)
         return node.outputs[0]
 
@@ -102,7 +135,7 @@ class _Nodes:
 
     def constant(self, array: np.ndarray[Any, np.dtype[Any]], name: str) -> Any:
         """A constant of the graph, the same for all who ask by this name."""
-        graph = self._product.graph
+        graph = self._replaced.graph
         if name not in graph.initializers:
             value = self._ir.Value(name=name, const_value=self._ir.tensor(array))
             value.shape = self._ir.Shape(array.shape)

@@ -4,14 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prime_jax._version import __version__
-from prime_jax.export.interface import inputs_of, outputs_of
-from prime_jax.models import AnyConfig
-from prime_jax.models.prime import PredictorConfig
-from prime_jax.models.subspace import SubspaceConfig
+from prime_jax.export.interface import Interface
 
 
 def model_card(
-    config: AnyConfig,
+    interface: Interface,
     parameters: int,
     facts: Mapping[str, Any],
     parity: Mapping[str, Any],
@@ -23,7 +20,7 @@ def model_card(
     """The card as Markdown.
 
     Args:
-        config: Shape and behaviour of the model.
+        interface: How the model is called.
         parameters: How many numbers were trained.
         facts: Where the model comes from (`write_bundle`).
         parity: What parity.json holds.
@@ -31,30 +28,33 @@ def model_card(
         licence: Terms of the weights, where they were stated.
         memory_mapped: Whether the memory must be mapped by target_head.safetensors before it is searched.
     """
+    words = interface.words(facts)
     parts = [
         "# Embedding predictor",
-        f"Predicts the embedding of the passage that should be retrieved, from {_given(config)}. Search your "
+        f"Predicts the embedding of the passage that should be retrieved, from {words.given}. Search your "
         "index with the prediction instead of the query.",
-        f"Version {version}, exported with prime-jax {__version__}; {parameters:,} parameters; residual "
-        f"`{config.residual}`{_behaviour(config)}.",
+        f"Version {version}, exported with prime-jax {__version__}; {parameters:,} parameters; "
+        f"{words.settings}.",
         "## Inputs and output",
-        _shapes(config),
-        _EXPLANATION if isinstance(config, SubspaceConfig) else "",
-        _encoder(config, facts),
+        _shapes(interface),
+        words.explanation,
+        words.encoder,
         _MEMORY if memory_mapped else "",
         _TEXT if "text" in parity else "",
         "## Use",
-        _usage(config),
+        words.usage,
         "## Training and evaluation",
         _origin(facts),
         "## Agreement with JAX",
-        _agreement(config, parity),
+        _agreement(words.golden, parity),
         _precisions(parity.get("precisions")),
-        _company(parity.get("batch_independence")),
+        _company(interface.stranger[0], parity.get("batch_independence")),
         "## What it gives away about its training data",
         _leak(parity.get("leak_check")),
         "## Limits",
-        _limits(config),
+        f"{words.limits}\n"
+        "- The prediction is as good as the training data is close to yours: measure it beside the plain "
+        "query on your own data before relying on it.",
         "## Licence",
         f"Weights: {licence or 'not stated by who exported them'}. They may be bound by the terms of the "
         "data they were trained on and of the encoder that made the embeddings. The code in this bundle is "
@@ -78,125 +78,18 @@ _TEXT = (
 )
 
 
-_EXPLANATION = (
-    "The prediction is `coarse + fine`. `coarse` lies among the centroids of the subspaces that `routing` "
-    "chose, clusters of the training data; the norm of `fine` says how far the prediction is from what they "
-    "stand for."
-)
-
-
-def _given(config: AnyConfig) -> str:
-    if isinstance(config, PredictorConfig):
-        return "the embeddings of the past turns and of the current query"
-    return "the embedding of a question and a steering vector that says where to look"
-
-
-def _behaviour(config: AnyConfig) -> str:
-    if isinstance(config, PredictorConfig):
-        return f", context attention `{config.context_attention}`"
-    if isinstance(config, SubspaceConfig):
-        return f", {config.num_subspaces} subspaces, routing `{config.routing}`"
-    return ""
+def _shapes(interface: Interface) -> str:
+    rows = []
+    for tensor in (*interface.inputs, *interface.outputs):
+        sizes = ", ".join(map(str, tensor.sizes))
+        rows.append([f"`{tensor.name}`", f"{tensor.dtype} [B, {sizes}]", tensor.meaning])
+    return table(["name", "type", "meaning"], rows)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _shapes(config: AnyConfig) -> str:
-    N, D, E = config.max_context_length, config.input_dim, config.output_dim
-    if not isinstance(config, PredictorConfig):
-        rows = []
-        for tensor in (*inputs_of(config), *outputs_of(config)):
-            sizes = ", ".join(map(str, tensor.sizes))
-            rows.append([f"`{tensor.name}`", f"{tensor.dtype} [B, {sizes}]", tensor.meaning])
-        return table(["name", "type", "meaning"], rows)
-    return table(
-        ["name", "type", "meaning"],
-        [
-            ["`context`", f"float32 [B, {N}, {D}]", "past turns, oldest first; padded slots hold anything"],
-            ["`context_mask`", f"bool [B, {N}]", "True where a turn is real; none is real at the first turn"],
-            ["`query`", f"float32 [B, {D}]", "the current query"],
-            ["`embedding`", f"float32 [B, {E}]", "the prediction, unit norm"],
-        ],
-    )
-
-
-def _encoder(config: AnyConfig, facts: Mapping[str, Any]) -> str:
-    """Which embeddings the model takes."""
-    if "encoder" not in facts:
-        return (
-            "Inputs must come from the encoder that the model was trained with; this bundle does not name it."
-        )
-    sentences = [f"All embeddings, also those of the passages, come from the encoder `{facts['encoder']}`."]
-    queries = "Queries and turns" if isinstance(config, PredictorConfig) else "Questions"
-    for name, what in (("query_prefix", queries), ("passage_prefix", "Passages")):
-        if facts.get(name):
-            sentences.append(f"{what} are encoded with `{facts[name]}` in front.")
-    if facts.get("context_from") == "search":
-        sentences.append(
-            f"In training the turns were the top {facts['first_pass_k']} passages of a first search with the "
-            "query, best last; give it the same."
-        )
-    if "steering" in facts:
-        sentences.append(f"On the validation data the steering vectors were those of `{facts['steering']}`.")
-    return " ".join(sentences)
-
-
-_STEERED_USAGE = """```python
-import prime_jax                                         # JAX
-
-embedding = prime_jax.load("bundle").steer(question, steering)
-```
-
-```python
-import onnxruntime                                       # ONNX Runtime
-
-session = onnxruntime.InferenceSession("bundle/model.onnx")
-inputs = {"context": steering[:, None], "context_mask": has_steering[:, None], "query": question}
-(embedding,) = session.run(["embedding"], inputs)
-```
-
-```python
-from torch_runtime import load_bundle                    # PyTorch; copy torch_runtime.py beside your code
-
-embedding = load_bundle("bundle").predict(question, steering)
-```"""
-
-_EXPLAINED_USAGE = (
-    "`session.run(None, inputs)` and, in PyTorch, `explain(question, steering)` also give `routing`, "
-    "`coarse` and `fine`."
-)
-
-
-def _usage(config: AnyConfig) -> str:
-    if isinstance(config, SubspaceConfig):
-        return _STEERED_USAGE + "\n\n" + _EXPLAINED_USAGE
-    if not isinstance(config, PredictorConfig):
-        return _STEERED_USAGE
-    N = config.max_context_length
-    return f"""```python
-import prime_jax                                         # JAX
-
-embedding = prime_jax.load("bundle").predict(context, query, context_mask)
-```
-
-```python
-import onnxruntime                                       # ONNX Runtime
-
-session = onnxruntime.InferenceSession("bundle/model.onnx")
-(embedding,) = session.run(None, {{"context": context, "context_mask": context_mask, "query": query}})
-```
-
-```python
-from torch_runtime import load_bundle                    # PyTorch; copy torch_runtime.py beside your code
-
-embedding = load_bundle("bundle")(context, query, context_mask)
-```
-
-The ONNX file takes exactly {N} slots and a mask; JAX and PyTorch take any number of turns up to {N}."""
 
 
 def _origin(facts: Mapping[str, Any]) -> str:
@@ -249,14 +142,21 @@ def _precisions(found: Mapping[str, Mapping[str, Any]] | None) -> str:
     )
 
 
-def _company(found: Mapping[str, Any] | None) -> str:
+def _company(stranger: str, found: Mapping[str, Any] | None) -> str:
     """What the rest of a batch changes."""
     if found is None:
         return ""
     worst = ", ".join(f"{value:.1e} in {name}" for name, value in found["max_abs_difference"].items())
+    padding = ""
+    if "padding" in found:
+        changes = ", ".join(
+            f"{one['max_abs_difference']:.1e} in {name} (cosine {one['min_cosine']:.6f})"
+            for name, one in found["padding"].items()
+        )
+        padding = f" Padding behind them changes them by at most {changes}."
     return (
-        f"A request is answered alike in any batch: alone, beside a row of norm {found['norm']:g} and among "
-        f"{found['rows']} rows its golden answers differ by at most {worst}."
+        f"A request is answered alike in any batch: alone, beside {stranger} and among "
+        f"{found['rows']} rows its golden answers differ by at most {worst}.{padding}"
     )
 
 
@@ -310,7 +210,7 @@ def _leak(found: Mapping[str, Any] | None) -> str:
     )
 
 
-def _agreement(config: AnyConfig, parity: Mapping[str, Any]) -> str:
+def _agreement(golden: str, parity: Mapping[str, Any]) -> str:
     rows = []
     for name in ("onnxruntime", "torch"):
         found = parity[name]
@@ -323,24 +223,6 @@ def _agreement(config: AnyConfig, parity: Mapping[str, Any]) -> str:
             shown = name if len(each) == 1 else f"{name}, `{output}`"
             difference = f"{figures['max_abs_difference']:.1e}"
             rows.append([shown, difference, cosine if output == "embedding" else ""])
-    prime = isinstance(config, PredictorConfig)
-    which = "one per number of turns" if prime else "every second one without steering"
-    return f"Over {parity['rows']} golden requests (golden.safetensors), {which}:\n\n" + table(
+    return f"Over {parity['rows']} golden requests (golden.safetensors), {golden}:\n\n" + table(
         ["runtime", "largest difference", "smallest cosine"], rows
-    )
-
-
-def _limits(config: AnyConfig) -> str:
-    if isinstance(config, PredictorConfig):
-        first = f"- At most {config.max_context_length} turns are looked at; pass the newest ones.\n"
-    else:
-        first = (
-            "- Steering that is made from the right answer finds it more often than any that is made from a "
-            "question alone; measure with what you will really have.\n"
-        )
-    return (
-        f"{first}"
-        "- Embeddings of another encoder, or with other prefixes, give meaningless answers and no error.\n"
-        "- The prediction is as good as the training data is close to yours: measure it beside the plain "
-        "query on your own data before relying on it."
     )

@@ -1,6 +1,7 @@
 """Tidies the graph that jax2onnx writes: no arithmetic on constants or on known shapes, nothing twice.
 
-Only the batch is unknown when the graph is written, so one number of a shape can depend on the input at most.
+Unknown when the graph is written are the batch and, of texts, their length. Where one number of a shape
+depends on them, it becomes -1; where several do, the graph computes them.
 """
 
 from typing import Any

@@ -16,7 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from prime_jax.errors import ExportError
 from prime_jax.export.einsums import replace_einsums
-from prime_jax.export.golden import TOLERANCE, Arrays, min_cosine
+from prime_jax.export.golden import TOLERANCE, min_cosine
+from prime_jax.export.interface import Arrays
 from prime_jax.export.optional import need
 from prime_jax.export.to_onnx import OPSET, save_graph
 from prime_jax.models.prime import EmbeddingPredictor

@@ -1,7 +1,8 @@
-"""The predictor as an ONNX file: inputs `context`, `context_mask`, `query`, output `embedding`, any batch.
+"""The predictor as an ONNX file: any batch, inputs and outputs as its `Interface` names them.
 
-The number of turns is fixed at max_context_length; `context_mask` says which of them are real. A steered
-model has one, its steering vector; with subspaces it also gives `routing`, `coarse` and `fine`.
+Of embeddings: `context`, `context_mask`, `query`. The number of turns is fixed at max_context_length;
+`context_mask` says which of them are real. A steered model has one, its steering vector; with subspaces it
+also gives `routing`, `coarse` and `fine`. Of texts: `input_ids` and `attention_mask`, of any length.
 """
 
 import tempfile
@@ -10,16 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from prime_jax._version import __version__
 from prime_jax.errors import ExportError
-from prime_jax.export.interface import INPUTS, check_centroids, inputs_of, outputs_of
+from prime_jax.export.interfaces import interface_of
 from prime_jax.export.onnx_graph import tidy
 from prime_jax.export.optional import need
 from prime_jax.models import Model
-from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
-from prime_jax.models.subspace import SubspaceConfig
 
 OPSET = 20  # the first with Gelu; ONNX Runtime reads it since 1.17
 OPSETS = range(17, 24)  # 17 is the first with LayerNormalization
@@ -41,7 +39,7 @@ def to_onnx(
         ExportError: If jax2onnx, onnx or onnx_ir is missing, the opset is none of these, the result is not
             valid ONNX, or all centroids of the model are zero.
     """
-    check_centroids(model)
+    interface_of(model.config).check(model)
     if opset not in OPSETS:
         raise ExportError(f"opset {opset} is not supported; choose {OPSETS[0]} to {OPSETS[-1]}")
     need("onnx_ir", "onnx")
@@ -74,26 +72,28 @@ def save_graph(graph: Any, path: Path) -> None:
 def _traced(model: Model, opset: int) -> Any:
     """What jax2onnx makes of the model, as an `onnx_ir.Model`."""
     jax2onnx = need("jax2onnx", "onnx")
-    (batch,) = jax.export.symbolic_shape("B")
-    shapes = model.config.fake_inputs(1)
-    inputs = [jax.ShapeDtypeStruct((batch, *shapes[name].shape[1:]), shapes[name].dtype) for name in INPUTS]
+    interface = interface_of(model.config)
+    letters = {size for given in interface.inputs for size in given.sizes if isinstance(size, str)}
+    names = ["B", *sorted(letters)]
+    free: dict[int | str, Any] = dict(zip(names, jax.export.symbolic_shape(", ".join(names)), strict=True))
+    shapes = [
+        jax.ShapeDtypeStruct((free["B"], *(free.get(size, size) for size in given.sizes)), given.dtype)
+        for given in interface.inputs
+    ]
+    outputs = [output.name for output in interface.outputs]
 
-    outputs = [output.name for output in outputs_of(model.config)]
-
-    def predict(context: jax.Array, context_mask: jax.Array, query: jax.Array) -> Any:
-        if isinstance(model, EmbeddingPredictor):
-            return jnp.asarray(model(context, query, context_mask))
-        found = model.details(context, query, context_mask)._asdict()
-        answers = tuple(jnp.asarray(found[name]) for name in outputs)
+    def predict(*given: jax.Array) -> Any:
+        found = interface.predict(model, dict(zip(interface.names, given, strict=True)))
+        answers = tuple(found[name] for name in outputs)
         return answers if len(answers) > 1 else answers[0]
 
     return jax2onnx.to_onnx(
         predict,
-        inputs=inputs,
+        inputs=shapes,
         model_name="prime_predictor",
         opset=opset,
         return_mode="ir",
-        input_names=list(INPUTS),
+        input_names=interface.names,
         output_names=outputs,
         normalization_mode="prefer_native",
     )
@@ -101,26 +101,11 @@ def _traced(model: Model, opset: int) -> Any:
 
 def _describe(graph: Any, model: Model, more: Mapping[str, object]) -> None:
     """Say in the file itself what it is and what its inputs mean."""
-    config = model.config
-    facts: dict[str, object] = {
-        "prime_jax": __version__,
-        "input_dim": config.input_dim,
-        "output_dim": config.output_dim,
-        "max_context_length": config.max_context_length,
-        "normalised": "true",
-        "residual": config.residual,
-    }
-    if isinstance(config, PredictorConfig):
-        facts["context_attention"] = config.context_attention
-        given = "past turns and a query"
-    else:
-        facts["kind"] = config.kind
-        given = "a question and a steering vector"
-    if isinstance(config, SubspaceConfig):
-        facts |= {"num_subspaces": config.num_subspaces, "routing": config.routing}
-    facts |= {"precision": "fp32", **more}
+    interface = interface_of(model.config)
+    facts = {"prime_jax": __version__, **interface.metadata(), "precision": "fp32", **more}
     graph.metadata_props.update({name: str(fact) for name, fact in facts.items()})
+    given = interface.words({}).given
     graph.doc_string = f"Predicts the embedding of the passage to retrieve from {given}."
-    meanings = {tensor.name: tensor.meaning for tensor in (*inputs_of(config), *outputs_of(config))}
+    meanings = {tensor.name: tensor.meaning for tensor in (*interface.inputs, *interface.outputs)}
     for value in (*graph.graph.inputs, *graph.graph.outputs):
         value.doc_string = meanings[value.name]

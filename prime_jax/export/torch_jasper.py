@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 FORMATS = (1, 2)  # versions of manifest.json that this file reads
-_DTYPES = {"F32": torch.float32, "BOOL": torch.bool}
+_DTYPES = {"F32": torch.float32, "I32": torch.int32, "BOOL": torch.bool}
 _CHOICES = {"residual": ("none", "query"), "routing": ("softmax", "argmax"), "fine_input": ("concat", "add")}
 
 
@@ -346,7 +346,7 @@ def verify(folder: str | Path) -> dict[str, Any]:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """Read a safetensors file of float32 and bool tensors; nothing in it is ever executed.
+    """Read a safetensors file of float32, int32 and bool tensors; nothing in it is ever executed.
 
     The tensors share one buffer that they own together.
 

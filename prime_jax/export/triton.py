@@ -4,7 +4,8 @@
     models/prime_predictor/1/model.onnx
 
 One model for each precision of the bundle; the name of all but fp32 ends in the precision. Requests are
-batched by the server as they come (dynamic batching); a row is answered alike in any batch.
+batched by the server as they come (dynamic batching); a row is answered alike in any batch. Texts
+are joined where they are padded to the same length.
 """
 
 import shutil
@@ -20,7 +21,7 @@ from prime_jax.manifest import verify_manifest
 NAME = "prime_predictor"
 MAX_BATCH = 64
 MAX_DELAY = 2000  # microseconds that a request waits for company
-_TYPES = {"float32": "TYPE_FP32", "bool": "TYPE_BOOL"}
+_TYPES = {"float32": "TYPE_FP32", "int32": "TYPE_INT32", "bool": "TYPE_BOOL"}
 
 
 def write_repository(bundle: Path, folder: Path) -> list[str]:
@@ -91,5 +92,6 @@ def model_config(name: str, config: Mapping[str, Any]) -> str:
 
 
 def _tensor(kind: str, name: str, facts: Mapping[str, Any]) -> str:
-    sizes = ", ".join(str(size) for size in facts["shape"][1:])  # Triton adds the batch itself
+    free = (-1 if isinstance(size, str) else size for size in facts["shape"][1:])  # Triton adds the batch
+    sizes = ", ".join(map(str, free))
     return f'{kind} {{\n  name: "{name}"\n  data_type: {_TYPES[facts["dtype"]]}\n  dims: [ {sizes} ]\n}}'

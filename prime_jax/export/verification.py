@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import CheckpointError, ExportError, PredictorError
-from prime_jax.export.interface import torch_source
+from prime_jax.export.interface import Interface
+from prime_jax.export.interfaces import interface_of
 from prime_jax.export.signing import verify_signature
 from prime_jax.files import user_path
 from prime_jax.manifest import MANIFEST, SIGNATURE, read_manifest, verify_manifest
 from prime_jax.models.bundle import KIND as BUNDLE
 from prime_jax.models.bundle import read_config, read_tensors
+from prime_jax.models.prime import PredictorConfig
 from prime_jax.train.checkpoints import KIND as CHECKPOINT
 from prime_jax.train.checkpoints import check_restorable, list_checkpoints
 
@@ -90,18 +92,18 @@ def verify(
         yield from _onnx(folder, manifest)
         yield from _text(folder)
     if torch:
-        ours = _our_runtime(folder)
+        ours = _interface(folder).torch_source()
         if (folder / RUNTIME).read_bytes() != ours.encode() and public_key is None:
             yield f"{RUNTIME}: of another version, not run without --public-key; ours is instead"
         yield _exact(folder, "torch", None, source=ours if public_key is None else None)
 
 
-def _our_runtime(bundle: Path) -> str:
-    """The source of the torch module of ours for the kind of model that a bundle holds."""
+def _interface(bundle: Path) -> Interface:
+    """How the model that a bundle holds is called."""
     try:
-        return torch_source(read_config(bundle))
+        return interface_of(read_config(bundle))
     except CheckpointError:  # running it will say what is wrong with the config
-        return torch_source()
+        return interface_of(PredictorConfig())
 
 
 def _signature(folder: Path, public_key: Path | None) -> Iterator[str]:
@@ -157,7 +159,7 @@ def _exact(bundle: Path, runtime: str, file: str | None, *, source: str | None =
     work = (
         partial(onnxruntime_answers, golden, bundle, file)
         if file
-        else partial(torch_answers, golden, bundle, source)
+        else partial(torch_answers, golden, bundle, source, _interface(bundle))
     )
     answers = _run(bundle / name, work)
     try:
@@ -189,7 +191,7 @@ def _run(path: Path, work: Callable[[], Any]) -> Any:
 
 def _golden(bundle: Path) -> dict[str, Any]:
     golden = read_tensors(bundle / "golden.safetensors")
-    for name in ("context", "context_mask", "query", "embedding"):
+    for name in (*_interface(bundle).names, "embedding"):
         if name not in golden:
             raise CheckpointError(f"{bundle / 'golden.safetensors'}: tensor {name!r} is missing")
     return golden

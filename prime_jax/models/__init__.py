@@ -10,7 +10,8 @@ from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
 from prime_jax.models.text import TextConfig, TextPredictor
 
-AnyConfig = PredictorConfig | JasperConfig | SubspaceConfig | TextConfig
+EmbeddingConfig = PredictorConfig | JasperConfig | SubspaceConfig
+AnyConfig = EmbeddingConfig | TextConfig
 MODELS: tuple[type[AnyConfig], ...] = (PredictorConfig, JasperConfig, SubspaceConfig, TextConfig)
 KINDS: dict[str, type[AnyConfig]] = {kind.model_fields["kind"].default: kind for kind in MODELS}
 DEFAULT_KIND = "prime"

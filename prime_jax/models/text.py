@@ -111,13 +111,19 @@ class TextPredictor(nnx.Module):
             self.roles = nnx.Param(jnp.zeros((ROLES, config.output_dim)))
 
     def __call__(
-        self, tokens: Int[Array, "B T"], mask: Bool[Array, "B T"], *, remat: Remat = "none"
+        self,
+        tokens: Int[Array, "B T"],
+        mask: Bool[Array, "B T"],
+        *,
+        positions: Int[Array, "B T"] | None = None,
+        remat: Remat = "none",
     ) -> Float[Array, "B E"]:
         """Predict from sequences, one to a row.
 
         Args:
             tokens: Token ids as `ConversationTokenizer` makes them, `[B, T]`; padding behind them.
             mask: True where a token is real, `[B, T]`.
+            positions: Of the tokens; None counts them from 0.
             remat: What the backward pass recomputes instead of keeping it.
 
         Returns:
@@ -127,7 +133,7 @@ class TextPredictor(nnx.Module):
         if self.config.roles:
             before = jnp.cumsum(tokens == self.config.separator_id, axis=1, dtype=jnp.int32)
             added = self._said_by(before - (tokens == self.config.separator_id))
-        hidden = self.encoder(tokens, mask, added=added, remat=remat)
+        hidden = self.encoder(tokens, mask, positions=positions, added=added, remat=remat)
         assert self.config.pooling is not None
         return pool(hidden, mask, self.config.pooling)
 
@@ -167,5 +173,5 @@ class TextPredictor(nnx.Module):
 
     def _said_by(self, age: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Embedding of who said a token, by how many texts stand before its own: 0 in the query."""
-        roles: Float[Array, "B T E"] = self.roles[...][jnp.where(age == 0, 0, 2 - age % 2)]
+        roles: Float[Array, "B T E"] = self.roles[...][jnp.where(age == 0, 0, 2 - (age & 1))]
         return roles

@@ -1,8 +1,6 @@
-"""The folders of text encoders: how each family is configured, read and written."""
+"""The folders of text encoders: how each family is configured and read."""
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -12,8 +10,8 @@ from prime_jax.errors import DataError
 from prime_jax.nn.bert import BertConfig
 from prime_jax.nn.encoders import EncoderConfig, EncoderModel
 from prime_jax.nn.modern_bert import ModernBertConfig
-from prime_jax.pretrained.bert_weights import Tensor, bert_tensors, load_bert
-from prime_jax.pretrained.modern_bert_weights import load_modern_bert, modern_bert_tensors
+from prime_jax.pretrained.bert_weights import load_bert
+from prime_jax.pretrained.modern_bert_weights import load_modern_bert
 
 
 def read_encoder_config(folder: Path) -> EncoderConfig:
@@ -37,9 +35,3 @@ def load_encoder_model(folder: Path, config: EncoderConfig, dtype: DTypeLike = j
     if isinstance(config, ModernBertConfig):
         return load_modern_bert(folder, config, dtype)
     return load_bert(folder, config, dtype)
-
-
-def encoder_tensors(folder: Path, params: Any) -> Iterator[tuple[str, Tensor]]:
-    """Parameters of the folder's model by the names of Hugging Face: the inverse of reading them."""
-    modern = isinstance(read_encoder_config(folder), ModernBertConfig)
-    return modern_bert_tensors(params) if modern else bert_tensors(params)

@@ -1,15 +1,20 @@
 """Tensors of a Hugging Face folder: one safetensors file, or shards with an index; checked when taken."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import numpy.typing as npt
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 from prime_jax import files
 from prime_jax.errors import DataError
+from prime_jax.nn.encoders import EncoderModel
+from prime_jax.nn.torch_layout import encoder_slots
 
 SINGLE = "model.safetensors"
 SHARDED = "model.safetensors.index.json"
@@ -97,6 +102,35 @@ class Weights:
     def unread(self) -> list[str]:
         """Names of the tensors nobody has taken, sorted."""
         return sorted(self._found.keys() - self._taken)
+
+
+def fill_encoder(
+    model: EncoderModel,
+    weights: Weights,
+    folder: Path,
+    dtype: DTypeLike,
+    *,
+    belonging: tuple[str, ...],
+    known: tuple[str, ...] = (),
+) -> None:
+    """Put the weights of a folder into a model of shapes.
+
+    Args:
+        model: Its parameters are replaced.
+        weights: By the names of `encoder_slots`.
+        folder: For messages.
+        dtype: Of the matrices of its layers; all else is float32.
+        belonging: How the names of an encoder's tensors begin; one of them without a place is an error.
+        known: Names of those that may be left over.
+
+    Raises:
+        DataError: If a tensor is missing, left over, or of another shape or dtype than it should be.
+    """
+    for slot in encoder_slots(model):
+        slot.fill(partial(weights.take, shape=slot.shape), dtype if slot.transposed else jnp.float32)
+    unread = [name for name in weights.unread() if name.startswith(belonging) and name not in known]
+    if unread:
+        raise DataError(f"{folder}: config.json has no place for the tensors {', '.join(unread[:3])}")
 
 
 def _opened(path: Path) -> Any:

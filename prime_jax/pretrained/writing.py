@@ -4,12 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
+from flax import nnx
 from safetensors.numpy import save_file
 
 from prime_jax.files import write_json
+from prime_jax.nn.torch_layout import tensors_of
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.pretrained.families import encoder_tensors
 
 
 def write_encoder(encoder: BertTextEncoder, folder: Path) -> None:
@@ -22,10 +22,7 @@ def write_encoder(encoder: BertTextEncoder, folder: Path) -> None:
     folder.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json"):
         shutil.copyfile(encoder.source.transformer / name, folder / name)
-    tensors = {
-        name: np.ascontiguousarray(tensor, np.float32)
-        for name, tensor in encoder_tensors(encoder.source.transformer, encoder.params)
-    }
+    tensors = tensors_of(nnx.merge(encoder.graph, encoder.params))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     kinds = ("Transformer", "Pooling", "Normalize")
     paths = ("", "1_Pooling", "2_Normalize")

@@ -294,7 +294,8 @@ def test_lower_precisions_give_explanations_too(kind: str, tmp_path: Path) -> No
     right = [np.array([row], np.int64) for row in range(40)]
     split = Split(query, np.where(mask[..., None], context, 0).astype(np.float32), mask, right)
     leak = {"measured": False, "why": "a test"}
-    evidence = Evidence(split, Corpus(passages), np.arange(40), leak)
+    inputs = {"context": split.context, "context_mask": split.mask, "query": split.query}
+    evidence = Evidence(split, Corpus(passages), np.arange(40), leak, inputs)
     options = Options(precisions=("fp32", "fp16", "int8"), max_loss=1.0)
     folder = tmp_path / "bundle"
     parity = write_bundle(model(kind), folder, facts={}, options=options, evidence=evidence)
