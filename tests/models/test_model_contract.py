@@ -16,7 +16,7 @@ SMALL = {"input_dim": 8, "output_dim": 8, "hidden_dim": 128, "num_layers": 1, "n
 
 OF_EMBEDDINGS = [
     kind for kind in MODELS if kind is not TextConfig
-]  # test_text_predictor.py has the other's promises
+]  # test_text_predictor.py has the rest
 
 
 @pytest.mark.parametrize("kind", OF_EMBEDDINGS, ids=lambda kind: kind.__name__)
