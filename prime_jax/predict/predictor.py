@@ -246,6 +246,7 @@ class Predictor:
         Raises:
             PredictorError: If `batch` is less than 1, `precision` unknown, or the model takes no turns.
         """
+        programs = self._programs
         if not isinstance(self.model, EmbeddingPredictor):
             raise PredictorError(
                 f"a {self.model.config.kind} model takes a steering vector, no turns, so it has no sessions"
@@ -254,12 +255,12 @@ class Predictor:
             raise PredictorError(f"a session of {batch} conversations is none")
         if precision is None:
             nearest = next((size for size in self._buckets if size >= batch), self._buckets[-1])
-            recipe = self._programs.choice(nearest).recipe
+            recipe = programs.choice(nearest).recipe
         else:
-            recipe = self._programs.choice_for(batch, precision).recipe
+            recipe = programs.choice_for(batch, precision).recipe
         with self._preparing:
             if (batch, recipe) not in self._session_programs:
-                weights = self._programs.weights(recipe)
+                weights = programs.weights(recipe)
                 self._session_programs[batch, recipe] = SessionPrograms(
                     self.model.config, weights, recipe, batch
                 )
@@ -280,7 +281,11 @@ class Predictor:
             max_batch: Most requests of one device call; None means the largest compiled batch.
             max_queue: Most requests that wait; more are refused with an `OverloadedError`.
             on_call: Told the number of requests of every device call.
+
+        Raises:
+            PredictorError: If the model reads texts.
         """
+        self._refuse_texts()
         return Batcher(
             self.predict,
             partial(checked, self.model.config),
@@ -326,11 +331,15 @@ class Predictor:
         Raises:
             PredictorError: If the model reads texts.
         """
-        if self._compiled is None:
+        self._refuse_texts()
+        assert self._compiled is not None
+        return self._compiled
+
+    def _refuse_texts(self) -> None:
+        if self.reads_text:
             raise PredictorError(
                 f"a {self.model.config.kind} model reads texts, no embeddings: call predict_text"
             )
-        return self._compiled
 
     def map_memory(self, embeddings: Any) -> Any:
         """Passages of a memory as the predictions expect them, `[M, E]`: what to index and search.

@@ -14,9 +14,7 @@ from prime_jax.models.text import TextConfig
 SMALL = {"input_dim": 8, "output_dim": 8, "hidden_dim": 128, "num_layers": 1, "num_heads": 2}
 
 
-OF_EMBEDDINGS = [
-    kind for kind in MODELS if kind is not TextConfig
-]  # test_text_predictor.py has the rest
+OF_EMBEDDINGS = [kind for kind in MODELS if kind is not TextConfig]  # test_text_predictor.py has the rest
 
 
 @pytest.mark.parametrize("kind", OF_EMBEDDINGS, ids=lambda kind: kind.__name__)

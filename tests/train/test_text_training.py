@@ -175,6 +175,9 @@ def test_what_reads_text_takes_no_embeddings(trained: Path) -> None:
     predictor = prime_jax.load(trained)
     with pytest.raises(prime_jax.PredictorError, match="a text model reads texts, no embeddings: call"):
         predictor.predict(np.ones((1, 32), np.float32), np.ones(32, np.float32))
+    for refused in (predictor.session, predictor.batcher):
+        with pytest.raises(prime_jax.PredictorError, match="reads texts, no embeddings"):
+            refused()
     with pytest.raises(prime_jax.ConfigError, match="reads texts itself; leave encoder out"):
         predictor.predict_text([], "a mat", encoder="minilm")
     with pytest.raises(prime_jax.PredictorError, match="not a list of texts"):
