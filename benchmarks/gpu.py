@@ -15,6 +15,7 @@ killed with all its processes; what it had written stays, and counts.
     overhead    what a call of `predict` costs on the host
     kernels     where a training step and a prediction spend their time on the device
     encoders    text encoders beside sentence-transformers
+    text        training a text predictor beside PyTorch
     tests       the tests marked gpu
 
 Writes DIR/<part>_gpu.json as each goes on, DIR/<part>.log, and after each part DIR/summary.json and a table.
@@ -64,7 +65,7 @@ NEEDED = {
     "scipy": "all",
     "yaml": "all",
     "torch": "peers",
-    "transformers": "encoders",
+    "transformers": "encoders and text",
     "sentence_transformers": "encoders",
     "pytest": "tests",
     "beartype": "tests",

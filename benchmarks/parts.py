@@ -53,6 +53,12 @@ PARTS = (  # by worth
     Part("overhead", "benchmarks.overhead", "--out {file}", 25),
     Part("kernels", "benchmarks.kernels", "--out {file}", 45),
     Part("encoders", "benchmarks.encoders", "--out {file} --seconds {seconds}", 45),
+    Part(
+        "text",
+        "benchmarks.text",
+        "--out {file} --rows 256 --rounds 3 --only prime-jax pytorch-eager",
+        40,
+    ),
     Part("tests", "benchmarks.gpu_tests", "--out {file}", 60, at_most=60),
 )
 

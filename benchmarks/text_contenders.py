@@ -185,6 +185,6 @@ def pytorch(task: Task, rows: int, wait: Wait, *, compiled: bool = False) -> Mad
 
 CONTENDERS: dict[str, Maker] = {
     "prime-jax": ours,
-    "PyTorch eager": pytorch,
-    "PyTorch compiled": partial(pytorch, compiled=True),
+    "pytorch-eager": pytorch,
+    "pytorch-compiled": partial(pytorch, compiled=True),
 }
