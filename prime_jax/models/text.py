@@ -33,6 +33,7 @@ class TextConfig(ServedConfig):
     max_context_length: int = Field(default=10, ge=0, le=50, description="most turns N that are read")
     max_tokens: int = Field(default=96, ge=8, description="most tokens that are read; the oldest are cut")
     separate_turns: bool = Field(default=True, description="put a separator between query and turns")
+    dropout: float = Field(default=0.0, ge=0.0, le=0.5, description="dropout probability in training")
     roles: bool = Field(default=True, description="learn an embedding of who said what, zero at first")
     encoder: EncoderConfig | None = Field(
         default=None, discriminator="model_type", description="architecture; null: that of data.encoder"
@@ -145,11 +146,17 @@ class TextPredictor(nnx.Module):
         remat: Remat = "none",
         progress: Float[Array, ""] | float = 1.0,
     ) -> Prediction:
-        """The predictions for a batch's conversations, `[B, E]`; there is no dropout."""
-        vectors = self.packed(conversations, remat=remat)
+        """The predictions for a batch's conversations, `[B, E]`."""
+        vectors = self.packed(conversations, dropout_key=dropout_key, remat=remat)
         return Prediction(vectors.reshape(-1, vectors.shape[-1])[conversations.slots])
 
-    def packed(self, conversations: Conversations, *, remat: Remat = "none") -> Float[Array, "R P E"]:
+    def packed(
+        self,
+        conversations: Conversations,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+        remat: Remat = "none",
+    ) -> Float[Array, "R P E"]:
         """Predictions of all sequences where they lie, P = `SEQUENCES_PER_ROW`; zeros where there is none."""
         tokens, segments, positions, _ = conversations
         seen = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
@@ -159,7 +166,15 @@ class TextPredictor(nnx.Module):
             before = jnp.cumsum(separators, axis=1, dtype=jnp.int32) - separators
             first = jax.lax.cummax(jnp.where(positions == 0, before, 0), axis=1)  # in the sequences before
             added = self._said_by(before - first)
-        hidden = self.encoder(tokens, seen, positions=positions, added=added, remat=remat)
+        hidden = self.encoder(
+            tokens,
+            seen,
+            positions=positions,
+            added=added,
+            rate=self.config.dropout,
+            dropout_key=dropout_key if self.config.dropout else None,
+            remat=remat,
+        )
         member = segments[:, None, :] == jnp.arange(1, SEQUENCES_PER_ROW + 1)[None, :, None]
         if self.config.pooling == "cls":
             member &= (positions == 0)[:, None, :]

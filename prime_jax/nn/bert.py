@@ -1,8 +1,8 @@
 """BERT as a text encoder (Devlin et al. 2018): token ids in, one embedding per text out.
 
 The family covers MiniLM, BGE, E5 and every other sentence encoder with `model_type: bert`, and RoBERTa and
-XLM-R (multilingual E5, BGE-M3), which count positions from another start. There is no
-dropout, in training neither. Norms, softmax and GELU stay float32 whatever the compute dtype.
+XLM-R (multilingual E5, BGE-M3), which count positions from another start. Norms, softmax and GELU stay
+float32 whatever the compute dtype.
 """
 
 from typing import Any, Literal
@@ -12,13 +12,13 @@ import jax.numpy as jnp
 import pydantic
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.encoder_attention import join_heads, masked_attention, split_qkv
 from prime_jax.nn.encoder_products import FUSED_FROM, Tf32Linear, fused_attention
-from prime_jax.nn.linear import Linear, unit
+from prime_jax.nn.linear import Linear, dropout, unit
 from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 
 Pooling = Literal["mean", "cls"]
@@ -106,14 +106,26 @@ class BertLayer(nnx.Module):
         self.num_heads = config.num_attention_heads
         self.dtype, self.tf32, self.fused = dtype, tf32, fused
 
-    def __call__(self, x: Float[Array, "B S H"], mask: Bool[Array, "B Q S"]) -> Float[Array, "B S H"]:
-        """Transform the tokens `x`, each looking where the mask allows; Q is S, or 1 for the same for all."""
+    def __call__(
+        self,
+        x: Float[Array, "B S H"],
+        mask: Bool[Array, "B Q S"],
+        *,
+        rate: float = 0.0,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "B S H"]:
+        """Transform the tokens `x`, each looking where the mask allows; Q is S, or 1 for the same for all.
+
+        With a key, `rate` of what attention and MLP add is dropped.
+        """
         shape = x.shape
+        first, second = (None, None) if key is None else jax.random.split(key)
         x = x.reshape(-1, shape[-1])  # on CPUs products of two axes are a quarter faster, norms as well
         attended = self.attention_out(self._attend(x, mask, shape))
-        x = keeping_inputs(self.attention_norm, self.dtype)(x + attended)
+        x = keeping_inputs(self.attention_norm, self.dtype)(x + dropout(attended, rate, first))
         inner = jax.checkpoint(_gelu)(self.mlp_in.product(x), self.mlp_in.bias[...])
-        out: Array = keeping_inputs(self.mlp_norm, self.dtype)(x + self.mlp_out(inner))
+        inner = dropout(self.mlp_out(inner), rate, second)
+        out: Array = keeping_inputs(self.mlp_norm, self.dtype)(x + inner)
         return out.reshape(shape)
 
     def _attend(
@@ -171,6 +183,8 @@ class BertModel(nnx.Module):
         *,
         positions: Int[Array, "B S"] | None = None,
         added: Float[Array, "B S H"] | None = None,
+        rate: float = 0.0,
+        dropout_key: Key[Array, ""] | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S H"]:
         """Contextual embeddings of every token.
@@ -181,6 +195,8 @@ class BertModel(nnx.Module):
                 `[B, S, S]`, where several texts stand in a row.
             positions: Of the tokens; None counts them from 0.
             added: Added to the embeddings of the tokens before the first norm.
+            rate: Share of what layers add that is dropped in training.
+            dropout_key: Turns that on.
             remat: What the backward pass recomputes instead of keeping it.
 
         Returns:
@@ -192,11 +208,12 @@ class BertModel(nnx.Module):
         x: Array = self.words(tokens) + at + self.types.embedding[...][0]
         x = self.norm(x if added is None else x + added)
         seen = mask[:, None] if mask.ndim == 2 else mask
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             graph, params = nnx.split(layer)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
 
-            def block(params: Any, x: Array, graph: Any = graph) -> Array:
-                answer: Array = nnx.merge(graph, params)(x, seen)
+            def block(params: Any, x: Array, graph: Any = graph, key: Any = key) -> Array:
+                answer: Array = nnx.merge(graph, params)(x, seen, rate=rate, key=key)
                 return answer
 
             x = rematerialised(block, remat)(params, x)

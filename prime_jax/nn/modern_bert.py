@@ -1,7 +1,7 @@
 """ModernBERT as a text encoder (Warner et al. 2024, arXiv 2412.13663): token ids in, contextual tokens out.
 
 Pre-norm layers with rotary positions and GeGLU; every third layer sees the whole text, the others a window.
-There is no dropout, in training neither.
+Dropout is for those who ask for it.
 """
 
 from typing import Any, Literal
@@ -11,13 +11,13 @@ import jax.numpy as jnp
 import pydantic
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from prime_jax.errors import DataError
 from prime_jax.frozen import Frozen
 from prime_jax.nn.attention import attend, split_heads
 from prime_jax.nn.encoder_products import FUSED_FROM, Tf32Projection, fused_attention
-from prime_jax.nn.linear import Projection
+from prime_jax.nn.linear import Projection, dropout
 from prime_jax.nn.remat import Remat, keeping_inputs, rematerialised
 from prime_jax.nn.rotary import Rotation, frequencies, rotate
 
@@ -142,9 +142,19 @@ class ModernBertLayer(nnx.Module):
         self.fused_to = fused_to
 
     def __call__(
-        self, x: Float[Array, "B S H"], mask: Bool[Array, "B S S"], rotation: Rotation
+        self,
+        x: Float[Array, "B S H"],
+        mask: Bool[Array, "B S S"],
+        rotation: Rotation,
+        *,
+        rate: float = 0.0,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "B S H"]:
-        """Transform the tokens `x`, each looking where the mask allows."""
+        """Transform the tokens `x`, each looking where the mask allows.
+
+        With a key, `rate` of what attention and MLP add is dropped.
+        """
+        first, second = (None, None) if key is None else jax.random.split(key)
         normed = x if self.first else keeping_inputs(self.attention_norm, self.dtype)(x)
         parts = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(normed), 3, axis=-1))
         queries, keys, values = parts
@@ -153,9 +163,9 @@ class ModernBertLayer(nnx.Module):
             mixed = fused_attention(queries, keys, values, mask[:, 0].sum(axis=1), self.dtype)
         else:
             mixed = attend(queries, keys, values, mask, self.dtype)
-        x = x + self.attention_out(mixed)
+        x = x + dropout(self.attention_out(mixed), rate, first)
         product = self.mlp_in.product(keeping_inputs(self.mlp_norm, self.dtype)(x))
-        return x + self.mlp_out(keeping_inputs(_geglu, self.dtype)(product))
+        return x + dropout(self.mlp_out(keeping_inputs(_geglu, self.dtype)(product)), rate, second)
 
 
 def _geglu(product: Float[Array, "B S I"]) -> Float[Array, "B S J"]:
@@ -209,6 +219,8 @@ class ModernBertModel(nnx.Module):
         *,
         positions: Int[Array, "B S"] | None = None,
         added: Float[Array, "B S H"] | None = None,
+        rate: float = 0.0,
+        dropout_key: Key[Array, ""] | None = None,
         remat: Remat = "none",
     ) -> Float[Array, "B S H"]:
         """Contextual embeddings of every token.
@@ -219,6 +231,8 @@ class ModernBertModel(nnx.Module):
                 `[B, S, S]`, where several texts stand in a row.
             positions: Of the tokens; None counts them from 0.
             added: Added to the embeddings of the tokens before the first norm.
+            rate: Share of what layers add that is dropped in training.
+            dropout_key: Turns that on.
             remat: What the backward pass recomputes instead of keeping it.
 
         Returns:
@@ -239,11 +253,12 @@ class ModernBertModel(nnx.Module):
         }
         x = self.words(tokens)
         x = self.norm(x if added is None else x + added)
-        for kind, layer in zip(self.config.layer_types, self.layers, strict=True):
+        for number, (kind, layer) in enumerate(zip(self.config.layer_types, self.layers, strict=True)):
             graph, params = nnx.split(layer)
+            key = None if dropout_key is None else jax.random.fold_in(dropout_key, number)
 
-            def block(params: Any, x: Array, graph: Any = graph, kind: str = kind) -> Array:
-                answer: Array = nnx.merge(graph, params)(x, *seen[kind])
+            def block(params: Any, x: Array, graph: Any = graph, kind: str = kind, key: Any = key) -> Array:
+                answer: Array = nnx.merge(graph, params)(x, *seen[kind], rate=rate, key=key)
                 return answer
 
             x = rematerialised(block, remat)(params, x)

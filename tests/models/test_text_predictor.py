@@ -112,6 +112,19 @@ def test_bfloat16_is_near() -> None:
     assert np.min(np.sum(np.asarray(found) * exact, axis=1)) > 0.995
 
 
+@pytest.mark.parametrize("family", ["bert", "modernbert"])
+def test_dropout_is_for_training_alone(family: str) -> None:
+    model = text_model(text_config(family, dropout=0.2))
+    conversations = on_device(packed_into(sequences(), np.arange(9), width=32, multiple=1))
+    key = jax.random.key(0)
+    plain, one, again = (model.details(conversations, dropout_key=k).embedding for k in (None, key, key))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - plain).max() > 1e-2
+    np.testing.assert_allclose(plain, model.details(conversations).embedding)
+    off = text_model(text_config(family))
+    np.testing.assert_array_equal(off.details(conversations, dropout_key=key).embedding, plain)
+
+
 def test_the_config_comes_back_from_json() -> None:
     for kind in KINDS:
         config = text_config(**kind)
