@@ -83,14 +83,14 @@ def _forward(
     queries: Array, keys: Array, values: Array, mask: Array, dtype: DTypeLike, tf32: bool
 ) -> tuple[Array, tuple[Any, ...]]:
     mixed, weights = _attend(queries, keys, values, mask, dtype, tf32)
-    return mixed, (queries, keys, values, mask, weights.astype(dtype), mixed.astype(dtype))
+    return mixed, (queries, keys, values, mask, weights.astype(dtype))
 
 
 def _backward(
     dtype: DTypeLike, tf32: bool, kept: tuple[Any, ...], slope: Array
 ) -> tuple[Array, Array, Array, None]:
     """Both products' gradients; that of the softmax is `weights * (slope - sum(weights * slope))`."""
-    queries, keys, values, mask, weights, mixed = kept
+    queries, keys, values, mask, weights = kept
 
     def product(equation: str, left: Array, right: Array) -> Array:
         return encoder_product(equation, left, right, dtype, tf32)
@@ -98,7 +98,7 @@ def _backward(
     scale = queries.shape[-1] ** -0.5
     of_values = product("bhqk,bhqd->bhkd", weights, slope)
     of_weights = product("bhqd,bhkd->bhqk", slope, values)
-    common = jnp.sum(slope * mixed, axis=-1, keepdims=True)
+    common = jnp.sum(weights * of_weights, axis=-1, keepdims=True)
     of_logits = jnp.where(mask, weights * (of_weights - common), 0.0)
     of_queries = scale * product("bhqk,bhkd->bhqd", of_logits, keys)
     of_keys = scale * product("bhqk,bhqd->bhkd", of_logits, queries)
