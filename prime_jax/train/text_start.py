@@ -19,6 +19,7 @@ from prime_jax.models.text import ROLES, TextConfig
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.families import read_encoder_config
 from prime_jax.train.collective import say
+from prime_jax.train.sharding import make_mesh
 
 TOKENIZER = "tokenizer.json"  # in an encoder's folder, a checkpoint and a bundle
 
@@ -89,7 +90,8 @@ def packed_batches(config: Config, data: EmbeddedDataset, split: str) -> PackedB
     if sequences is None or not isinstance(config.model, TextConfig):
         return None
     micro_batches = settings.batch_size // settings.micro_batch_size if settings.micro_batch_size else 1
-    return PackedBatches(sequences, config.model.max_tokens, micro_batches, jax.local_device_count())
+    mesh = make_mesh(config.mesh, settings.batch_size, settings.micro_batch_size)
+    return PackedBatches(sequences, config.model.max_tokens, micro_batches, mesh.size // jax.process_count())
 
 
 def _trainable(encoder: Encoder, config: Config) -> BertTextEncoder:
