@@ -188,7 +188,10 @@ class TestWeightFiles:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"encoder.layer.1.output.dense.bias": None}, "tensor 'layer.1.output.dense.bias' is missing"),
+            (
+                {"encoder.layer.1.output.dense.bias": None},
+                "tensor 'encoder.layer.1.output.dense.bias' is missing",
+            ),
             (
                 {"embeddings.word_embeddings.weight": torch.zeros(5, 32)},
                 r"'embeddings.word_embeddings.weight' has shape \(5, 32\), expected \(23, 32\)",
@@ -201,7 +204,10 @@ class TestWeightFiles:
                 {"embeddings.LayerNorm.bias": torch.zeros(32, dtype=torch.int64)},
                 "'embeddings.LayerNorm.bias' has dtype I64",
             ),
-            ({"encoder.layer.2.output.dense.bias": torch.zeros(32)}, "no place for .* layer.2.output.dense"),
+            (
+                {"encoder.layer.2.output.dense.bias": torch.zeros(32)},
+                "no place for .* encoder.layer.2.output.dense",
+            ),
             ({"bert.embeddings.LayerNorm.bias": torch.zeros(32)}, "comes twice"),
         ],
         ids=["missing", "shape", "transposed", "dtype", "unknown layer", "twice"],
