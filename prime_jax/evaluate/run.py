@@ -230,11 +230,10 @@ def split_arrays(
             return embedded.store[embedded.store.rows(prefixed)]
 
         last_turn = conversation = None
-        if has_turns:
+        if has_turns and name != "train":  # nothing is fitted to them
             last_turn = encoded([_with_last_turn(example) for example in dataset.splits[name]])
-            if name != "train":  # nothing is fitted to it
-                pairs = zip(queries, contexts, strict=True)
-                conversation = encoded([_as_one_text(asked, turns) for asked, turns in pairs])
+            pairs = zip(queries, contexts, strict=True)
+            conversation = encoded([_as_one_text(asked, turns) for asked, turns in pairs])
         arrays[name] = Split(
             query,
             context,
