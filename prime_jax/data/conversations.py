@@ -17,6 +17,9 @@ from prime_jax.errors import DataError
 from prime_jax.models.text import TextConfig
 from prime_jax.pretrained.tokenizer import read_tokenizer
 
+TOKENIZER = "tokenizer.json"
+"""The tokenizer's file in an encoder's folder, a checkpoint and a bundle."""
+
 
 class ConversationTokenizer:
     """Makes one sequence of token ids of a query and the turns before it.

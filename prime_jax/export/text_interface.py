@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from prime_jax.data.conversations import ConversationTokenizer
+from prime_jax.data.conversations import TOKENIZER, ConversationTokenizer
 from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Split
 from prime_jax.export.card_words import text_words
@@ -18,7 +18,6 @@ from prime_jax.models import Model
 from prime_jax.models.text import TextConfig, TextPredictor
 from prime_jax.pretrained.tokenizer import read_tokenizer
 
-TOKENIZER = "tokenizer.json"
 SEED = 0
 SHARED = (
     "FORMATS",
@@ -28,6 +27,7 @@ SHARED = (
     "verify",
     "read_safetensors",
     "_read_json",
+    "_with_weights",
 )
 
 

@@ -270,7 +270,9 @@ class EmbeddingPredictor(nn.Module):
         whole = {
             name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in weights.items()
         }
-        return _with_weights(PredictorConfig.from_dict(config, path), whole, path)
+        shape = PredictorConfig.from_dict(config, path)
+        model: EmbeddingPredictor = _with_weights(EmbeddingPredictor, shape, whole, path)
+        return model
 
     def _mixed(self, context: Tensor, query: Tensor, context_mask: Tensor, turns: Tensor) -> Tensor:
         """What the prediction is added to: the query, or query plus a learned mix of the turns, `[B, D]`."""
@@ -344,18 +346,15 @@ def load_bundle(folder: str | Path) -> EmbeddingPredictor:
     """
     folder = Path(folder)
     verify(folder)
-    weights = folder / "model.safetensors"
-    return _with_weights(
-        PredictorConfig.from_json(folder / "config.json"), read_safetensors(weights), weights
-    )
+    weights, shape = folder / "model.safetensors", PredictorConfig.from_json(folder / "config.json")
+    model: EmbeddingPredictor = _with_weights(EmbeddingPredictor, shape, read_safetensors(weights), weights)
+    return model
 
 
-def _with_weights(
-    config: PredictorConfig, tensors: Mapping[str, Tensor], path: str | Path
-) -> EmbeddingPredictor:
-    """An `EmbeddingPredictor` with these weights, in eval mode; a weight that does not fit is named."""
+def _with_weights(kind: type[Any], config: Any, tensors: Mapping[str, Tensor], path: str | Path) -> Any:
+    """A module of that kind with these weights, in eval mode; a weight that does not fit is named."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        model = EmbeddingPredictor(config)
+        model = kind(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")

@@ -28,6 +28,7 @@ from prime_jax.export.torch_runtime import (
     CheckpointError,
     PredictorError,
     _read_json,
+    _with_weights,
     read_safetensors,
     verify,
 )
@@ -311,21 +312,8 @@ def load_bundle(folder: str | Path) -> TextPredictor:
     verify(folder)
     config, path = TextConfig.from_json(folder / "config.json"), folder / "model.safetensors"
     tensors = read_safetensors(path)
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        model = KINDS[config.encoder["model_type"]](config)
-    expected = model.state_dict()
-    for name in sorted(expected.keys() ^ tensors.keys()):
-        raise CheckpointError(f"{path}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")
-    for name, tensor in tensors.items():
-        if tensor.shape != expected[name].shape or tensor.dtype != torch.float32:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is {tensor.dtype} {tuple(tensor.shape)}, "
-                f"expected torch.float32 {tuple(expected[name].shape)}"
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{path}: tensor {name!r} holds NaN or Inf")
-    model.load_state_dict(tensors, strict=True, assign=True)
-    return model.eval()
+    model: TextPredictor = _with_weights(KINDS[config.encoder["model_type"]], config, tensors, path)
+    return model
 
 
 class ConversationTokenizer:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from prime_jax.data.conversations import ConversationTokenizer
+from prime_jax.data.conversations import TOKENIZER, ConversationTokenizer
 from prime_jax.data.sequences import packed_into
 from prime_jax.errors import ConfigError
 from prime_jax.models.text import TextPredictor
@@ -22,8 +22,6 @@ from prime_jax.types import Conversations
 
 if TYPE_CHECKING:
     from prime_jax.predict.predictor import Predictor
-
-TOKENIZER = "tokenizer.json"
 
 
 class ReadingPath:

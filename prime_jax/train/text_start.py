@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import ValidationError
 
 from prime_jax.config import Config
-from prime_jax.data.conversations import ConversationTokenizer, with_sequences
+from prime_jax.data.conversations import TOKENIZER, ConversationTokenizer, with_sequences
 from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.data.records import Dataset
@@ -20,8 +20,6 @@ from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.families import read_encoder_config
 from prime_jax.train.collective import say
 from prime_jax.train.sharding import make_mesh
-
-TOKENIZER = "tokenizer.json"  # in an encoder's folder, a checkpoint and a bundle
 
 
 @dataclass(frozen=True)
