@@ -1,17 +1,24 @@
 """Is the gain real where dev is small? Train without a fifth of train, judge on that fifth, five times.
 
-    python -m benchmarks.folds --data DIR --config configs/recommended.yaml --out FILE.json
+    python -m benchmarks.folds --data DIR --out FILE.json [--config FILE ...] [--seeds 0 1 2]
+        [--folds 5] [--apart KEY] [--only NAME ...] [--keep DIR]
 
-Whole conversations go into a fold. Checkpoints are chosen and baselines tuned on dev, as always, so nothing
-of a fold has a say in what is judged on it. Figures are means over the seeds; comparisons are made query by
-query over all folds together, on whole conversations.
+Rows and options are those of `benchmarks.rivals`. Whole conversations go into a fold. With --apart the values
+that records have under that key (entities, documents) are shared out among the folds, too: a fold is judged
+on its conversations and on all questions about its own values, and nothing in which one of those occurs is
+trained on, so that there are enough questions about what training never saw. A question can then be judged
+twice: by models that know what it is about, and by models that do not.
+
+Checkpoints are chosen and baselines tuned on dev, as always, so nothing of a fold has a say in what is judged
+on it. Where there are several of our predictors, the row "chosen" takes in each fold the one that is best on
+dev. Comparisons are made question by question over all folds together, on whole conversations. The table of
+each fold is written to the folder of --keep as its cells end, and the same command goes on from there.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,95 +26,153 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.common import facts
-from benchmarks.study import METRICS, Figures, compared, described, one_run, opened, tuned_rivals
-from prime_jax.config import read_config
-from prime_jax.data.records import load_dataset
+from benchmarks.rivals import PACKAGES, conclusion, filled, in_command, options_of, say, show
+from benchmarks.rivals_methods import Task
+from benchmarks.study import Opened
+from prime_jax.data.records import Dataset, Example, load_dataset, write_dataset
+from prime_jax.errors import DataError
 from prime_jax.evaluate.run import conversations
-from prime_jax.files import write_json, write_text
+from prime_jax.files import write_json
+
+CHOSEN = "chosen"
 
 
-def fold_of(folder: Path, folds: int) -> ndarray:
-    """The fold of every record of train, whole conversations in one."""
-    labels = conversations(load_dataset(folder, ("train",)).splits["train"])
-    numbers = np.random.default_rng(0).permutation(int(labels.max()) + 1) % folds
-    return np.asarray(numbers[labels])
+def values_of(example: Example, key: str) -> list[str]:
+    """What a record has under a key: a list of texts, or one.
+
+    Raises:
+        DataError: If it has nothing there, or something else.
+    """
+    found = example.extra.get(key)
+    values = [found] if isinstance(found, str) else found
+    if not isinstance(values, list) or not values or not all(isinstance(one, str) for one in values):
+        raise DataError(f"--apart {key}: record {example.id!r} has {found!r} there, not a text or some texts")
+    return values
 
 
-def without(folder: Path, left_out: ndarray, out: Path) -> Path:
-    """A data folder like the given one, in which some records of train are the test split, each id once."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("corpus.jsonl", "dev.jsonl"):
-        shutil.copyfile(folder / name, out / name)
-    records = (folder / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    records = [record for record in records if record.strip()]
-    ids = [json.loads(record)["id"] for record in records]
-    first = np.array([ids.index(name) == at for at, name in enumerate(ids)])
-    for name, kept in (("train", ~left_out), ("test", left_out & first)):
-        write_text(out / f"{name}.jsonl", "".join(records[at] for at in np.flatnonzero(kept)))
-    return out
+def cut(examples: Sequence[Example], folds: int, apart: str | None) -> list[tuple[ndarray, ndarray]]:
+    """For each fold, which records are trained on and which are judged, as masks."""
+    labels, random = conversations(examples), np.random.default_rng(0)
+    of_conversation = (random.permutation(int(labels.max()) + 1) % folds)[labels]
+    if apart is None:
+        return [(of_conversation != fold, of_conversation == fold) for fold in range(folds)]
+    values = [values_of(example, apart) for example in examples]
+    names = sorted({value for some in values for value in some})
+    of_value = dict(zip(names, (random.permutation(len(names)) % folds).tolist(), strict=True))
+    parts = []
+    for fold in range(folds):
+        own = np.array([[of_value[value] == fold for value in some].count(True) for some in values])
+        judged = (of_conversation == fold) | (own == [len(some) for some in values])
+        known = ~np.isin(labels, labels[judged]) & (own == 0)
+        parts.append((known, judged))
+    return parts
 
 
-def joined(parts: Sequence[Figures]) -> Figures:
-    """The figures of all folds, one after the other."""
-    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
+def fold_data(dataset: Dataset, known: ndarray, judged: ndarray, out: Path) -> None:
+    """Write a data folder in which some records of train are train and some are test, each id once."""
+    train = dataset.splits["train"]
+    test = {train[row].id: train[row] for row in np.flatnonzero(judged)}
+    splits = {
+        "train": tuple(train[row] for row in np.flatnonzero(known)),
+        "dev": dataset.splits["dev"],
+        "test": tuple(test.values()),
+    }
+    write_dataset(out, Dataset(dataset.corpus, splits))
+
+
+def stored_in(place: Path, words: Sequence[str]) -> list[str]:
+    """Settings with one store of embeddings for all data folders, unless they name one."""
+    named = any("data.store" in word for word in words)
+    return [*words, *([] if named else [f"--data.store={place / 'embeddings'}"])]
+
+
+def together(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """One cell of the same method with the same seed in every fold: rankings one after the other."""
+    first = cells[0]
+    costs = ("train_seconds", "ms", "ms_turns_kept", "mb")
+    means = {
+        name: None if first[name] is None else float(np.mean([cell[name] for cell in cells]))
+        for name in costs
+    }
+    return {**first, **means, "found": [line for cell in cells for line in cell["found"]]}
+
+
+def pooled(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The cells of all folds together, by method and seed, with the choice among ours."""
+    found = [table["cells"] for table in tables]
+    cells = {
+        method: {seed: together([one[method][seed] for one in found]) for seed in seeds}
+        for method in found[0]
+        if (seeds := [seed for seed in found[0][method] if all(seed in one.get(method, ()) for one in found)])
+    }
+    ours = [method for method, seeds in cells.items() if all(cell["ours"] for cell in seeds.values())]
+    if len(ours) < 2:
+        return cells
+    best = [max(ours, key=lambda method: _on_dev(table["cells"][method])) for table in tables]
+    picked = {
+        seed: together([table["cells"][method][seed] for table, method in zip(tables, best, strict=True)])
+        for seed in cells[ours[0]]
+    }
+    for cell in picked.values():
+        cell["about"] = {"of_fold": best}
+    return {**cells, CHOSEN: picked}
+
+
+def _on_dev(cells: Mapping[str, Any]) -> float:
+    return float(np.mean([cell["about"]["dev_MRR@10"] for cell in cells.values()]))
+
+
+def all_folds(tasks: Sequence[Task], train: Sequence[Example]) -> Opened:
+    """What was judged in all folds, as one split."""
+    label = dict(zip((example.id for example in train), conversations(train).tolist(), strict=True))
+    first, judged = tasks[0].data, [task.data.judged for task in tasks]
+    positives = [answers for split in judged for answers in split.positives]
+    return first._replace(
+        judged=first.judged._replace(positives=positives),
+        fresh=np.concatenate([task.data.fresh for task in tasks]),
+        groups=np.array([label[example.id] for task in tasks for example in task.examples]),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train on every fold's complement with every seed, and write what was found."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--config", type=Path, required=True, metavar="FILE")
+    """Run what the folds lack, and print the table of all of them."""
+    parser = options_of(__doc__)
     parser.add_argument("--folds", type=int, default=5)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument(
-        "--keep", type=Path, metavar="DIR", help="keep data and runs there, and go on with them"
-    )
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
-    given = parser.parse_args(argv)
-    fold, ours, theirs, about = fold_of(given.data, given.folds), [], [], []
-    groups: list[ndarray] = []
+    parser.add_argument("--apart", metavar="KEY", help="whose values training and fold must not share")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="data and table of every fold")
+    in_command(parser, argv, _run)
+
+
+def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
+    if given.folds < 2:
+        raise DataError(f"--folds {given.folds}: there must be two or more")
+    dataset = load_dataset(given.data, ("train", "dev"))
+    train = dataset.splits["train"]
+    tables, tasks = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        for number in range(given.folds):
-            place = (given.keep or Path(scratch)) / f"fold{number}"
-            folder = without(given.data, fold == number, place / "data")
-            store = f"--data.store={(given.keep or Path(scratch)) / 'embeddings'}"
-            configs = [
-                read_config(given.config, [f"--data.path={folder}", store, f"--train.seed={seed}"])
-                for seed in given.seeds
-            ]
-            data = opened(configs[0], None, judged="test")
-            runs = [one_run(config, data, place / str(config.train.seed)) for config in configs]
-            mean = {name: np.mean([figures[name] for figures, _ in runs], axis=0) for name in METRICS}
-            ours.append((mean, data))
-            theirs.append(tuned_rivals(data))
-            about.append({"queries": len(data.fresh), "runs": [told for _, told in runs]})
-            groups.append(data.groups + (groups[-1].max() + 1 if groups else 0))
-            print(f"fold {number}: MRR@10 {mean['MRR@10'].mean():.3f}", flush=True)
-    fresh = np.concatenate([data.fresh for _, data in ours])
-    whole = ours[0][1]._replace(fresh=fresh, groups=np.concatenate(groups))
-    predicted = joined([mean for mean, _ in ours])
-    rivals = {name: joined([figures[name] for _, figures in theirs]) for name in theirs[0][1]}
+        place = given.keep or Path(scratch)
+        for fold, (known, judged) in enumerate(cut(train, given.folds, given.apart)):
+            say(f"fold {fold}: {known.sum()} records to train on, {judged.sum()} to judge")
+            folder = place / f"fold{fold}"
+            shutil.rmtree(folder, ignore_errors=True)
+            fold_data(dataset, known, judged, folder)
+            table, task = filled(given, stored_in(place, words), folder, "test", place / f"fold{fold}.json")
+            tables.append(table)
+            tasks.append(task)
+    cells = pooled(tables)
     result: dict[str, Any] = {
-        "set": given.data.name,
-        "queries": len(fresh),
-        "unseen": int(fresh.sum()),
-        "groups": int(whole.groups.max()) + 1,
-        "seeds": given.seeds,
-        "config": read_config(given.config, ["--data.path=."]).model_dump(mode="json", exclude={"data"}),
-        "folds": about,
-        "baselines": {
-            name: {"settings": [settings[name] for settings, _ in theirs], **described(rivals[name], fresh)}
-            for name in rivals
-        },
-        "predicted": described(predicted, fresh),
-        "against": compared(predicted, rivals, whole),
-        **facts("jax", "flax", "optax"),
+        "set": given.data.resolve().name,
+        "folds": given.folds,
+        "apart": given.apart,
+        "trained_on": [len(task.data.splits["train"].query) for task in tasks],
+        "settings": {name: next(iter(seeds.values()))["settings"] for name, seeds in cells.items()},
+        **conclusion(cells, all_folds(tasks, train), list(cells)),
+        **facts(*PACKAGES),
     }
+    if CHOSEN in cells:
+        result["chosen_of_fold"] = next(iter(cells[CHOSEN].values()))["about"]["of_fold"]
     write_json(given.out, result)
-    for name, row in result["against"].items():
-        print(f"against {name:18}", *(f"{m} {row[m]['difference']:+.3f} p {row[m]['p']:.4f}" for m in row))
+    show(result)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -43,6 +43,7 @@ import numpy as np
 from benchmarks.common import facts
 from benchmarks.rivals_methods import FineTuning, Method, Task, open_task, ours, untrained_methods
 from benchmarks.rivals_table import against, as_json, markdown, mean_figures, row_of
+from benchmarks.study import Opened
 from prime_jax.config import Config, read_config
 from prime_jax.errors import DataError, PredictorError
 from prime_jax.files import read_json, write_json
@@ -162,10 +163,10 @@ def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
     raise AssertionError("no setting differs")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run what is not in the file yet, and print the table of all that it holds."""
+def options_of(description: str | None) -> argparse.ArgumentParser:
+    """What both tables are told: that of one split, and that of folds."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
@@ -173,25 +174,48 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--config", type=Path, nargs="+", metavar="FILE", help="default: recommended and text"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--split", choices=("test", "dev"), default="test")
     parser.add_argument("--epochs", type=int, default=FineTuning().epochs, help=THEIRS)
     parser.add_argument("--learning-rate", type=float, default=FineTuning().learning_rate, help=THEIRS)
     parser.add_argument("--only", nargs="+", metavar="NAME", help="rows to run")
+    return parser
+
+
+def in_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    work: Callable[[argparse.Namespace, Sequence[str]], None],
+) -> None:
+    """Read the options and work with them; one command at a time writes a table."""
     given, settings = parser.parse_known_args(argv)
     if given.epochs < 1 or given.learning_rate <= 0:
         parser.error("--epochs must be 1 or more, --learning-rate above 0")
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs a part of a GPU, too
     try:
         with exclusive(given.out, "a table", lock=given.out.with_name(f".{given.out.name}.lock")):
-            _run(given, settings)
+            work(given, settings)
     except PredictorError as mistake:
         say(f"rivals: {mistake}")
         raise SystemExit(2) from None
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what is not in the file yet, and print the table of all that it holds."""
+    parser = options_of(__doc__)
+    parser.add_argument("--split", choices=("test", "dev"), default="test")
+    in_command(parser, argv, _run)
+
+
 def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
+    result, _ = filled(given, words, given.data, given.split, given.out)
+    show(result)
+
+
+def filled(
+    given: argparse.Namespace, words: Sequence[str], folder: Path, split: str, out: Path
+) -> tuple[dict[str, Any], Task]:
+    """The table of one split, with every cell that it lacked."""
     files = given.config or [CONFIGS / "recommended.yaml", *CONFIGS.glob("text.yaml")]
-    options = [f"--data.path={given.data}", *words]
+    options = [f"--data.path={folder}", *words]
     configs = {file.stem: read_config(file, options) for file in files}
     if len(configs) < len(files):
         raise DataError("--config: two files of one name would be one row")
@@ -199,26 +223,31 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
     for name, config in configs.items():
         if config.data != first.data:
             raise DataError(f"--config {name}: reads the data in another way than {next(iter(configs))}")
-    task = open_task(first, given.split)
+    task = open_task(first, split)
     theirs = sentence_transformers_methods(task, FineTuning(given.epochs, given.learning_rate))
     rivals = [*untrained_methods(task), *theirs]
     if taken := {method.name for method in rivals} & set(configs):
         raise DataError(f"--config {taken.pop()}: a rival has this name; give the file another one")
     methods = [*rivals, *our_methods(task, configs)]
     same = {
-        "set": given.data.resolve().name,
+        "set": folder.resolve().name,
         "data_hash": task.data.hash,
-        "split": given.split,
+        "split": split,
         "encoder": task.encoder.identity,
         **{name: getattr(first.data, name) for name in ("query_prefix", "passage_prefix")},
     }
-    result: dict[str, Any] = read_json(given.out, DataError) if given.out.exists() else {"made_of": same}
+    result: dict[str, Any] = read_json(out, DataError) if out.exists() else {"made_of": same}
     if result.get("made_of") != same:
         difference = _difference(result.get("made_of", {}), same)
-        raise DataError(f"{given.out}: holds a table of something else ({difference}); choose another --out")
-    run_missing(chosen(methods, given.only), given.seeds, result, given.out)
-    _conclude(result, task, [method.name for method in methods])
-    write_json(given.out, result)
+        raise DataError(f"{out}: holds a table of something else ({difference}); choose another --out")
+    run_missing(chosen(methods, given.only), given.seeds, result, out)
+    result |= conclusion(result["cells"], task.data, [method.name for method in methods])
+    write_json(out, result)
+    return result, task
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print the table, and how ours compare."""
     print(markdown(result["table"], result["ours"]))
     for name, by_rival in result["against"].items():
         for rival, row in by_rival.items():
@@ -228,26 +257,25 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
             )
 
 
-def _conclude(result: dict[str, Any], task: Task, order: Sequence[str]) -> None:
+def conclusion(cells: Mapping[str, Any], data: Opened, order: Sequence[str]) -> dict[str, Any]:
     """Table and significance of all cells that there are, rivals first."""
-    cells = result["cells"]
     names = sorted(cells, key=lambda name: (name not in order, order.index(name) if name in order else 0))
     predicted = [name for name in names if all(cell["ours"] for cell in cells[name].values())]
     names = [*(name for name in names if name not in predicted), *predicted]
-    figures = {name: mean_figures(cells[name], task.data) for name in names}
-    result |= {
-        "queries": len(task.data.fresh),
-        "unseen": int(task.data.fresh.sum()),
-        "groups": len(np.unique(task.data.groups)),
-        "passages": len(task.data.corpus.embeddings),
+    figures = {name: mean_figures(cells[name], data) for name in names}
+    return {
+        "queries": len(data.fresh),
+        "unseen": int(data.fresh.sum()),
+        "groups": len(np.unique(data.groups)),
+        "passages": len(data.corpus.embeddings),
+        "table": {name: row_of(cells[name], data) for name in names},
+        "ours": predicted,
+        "against": against(
+            {name: figures[name] for name in predicted},
+            {name: figures[name] for name in names if name not in predicted},
+            data,
+        ),
     }
-    result["table"] = {name: row_of(cells[name], task.data) for name in names}
-    result["ours"] = predicted
-    result["against"] = against(
-        {name: figures[name] for name in predicted},
-        {name: figures[name] for name in names if name not in predicted},
-        task.data,
-    )
 
 
 if __name__ == "__main__":

@@ -18,10 +18,17 @@ from prime_jax.data.encode import Encoder, load_encoder, names_code
 from prime_jax.data.records import Dataset, Example, load_dataset
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
-from prime_jax.evaluate.baselines import Baseline, last_turn_concat, query, recency_mix, tune
+from prime_jax.evaluate.baselines import (
+    Baseline,
+    last_turn_concat,
+    mean_reciprocal_rank,
+    query,
+    recency_mix,
+    tune,
+)
 from prime_jax.evaluate.evaluation import PREDICTED
 from prime_jax.evaluate.linear import ridge, ridge_context
-from prime_jax.evaluate.run import evaluate_run
+from prime_jax.evaluate.run import evaluate_run, predictions
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.text import encoder_of
 from prime_jax.pretrained.bert import BertTextEncoder
@@ -304,9 +311,15 @@ def ours(task: Task, config: Config, seed: int) -> Cell:
                 for one in task.examples[:TIMED]
             }
             kept = milliseconds(from_kept, task.examples)
-        info = predictor.info()
+        info, dev = predictor.info(), task.data.splits["dev"]
+        memory = predictor.map_memory(task.data.corpus.embeddings)
+        on_dev = task.search(predictions(predictor, dev), "dev", memory)
     anew = settings.target != "frozen" or settings.y_encoder != "frozen"
-    about = {"best_step": info["step"], "parameters": info["parameters"]}
+    about = {
+        "best_step": info["step"],
+        "parameters": info["parameters"],
+        "dev_MRR@10": float(mean_reciprocal_rank(on_dev[None], dev.positives)[0]),
+    }
     size = _megabytes(encoder, info["parameters"])
     if predictor.reads_text:  # it is the encoder of a question
         size = FLOAT32 * info["parameters"] / 1e6

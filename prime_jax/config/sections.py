@@ -108,6 +108,10 @@ class TrainingConfig(Frozen):
     average_weights: float = Field(
         default=0.0, ge=0, lt=1, description="decay of a moving average of weights that predicts; 0: none"
     )
+    blend_with_start: bool = Field(
+        default=False,
+        description="text: predict with the mix of start and trained weights that is best on dev",
+    )
     seed: int = Field(default=0, ge=0, description="seed of weights, data order and dropout")
     eval_every_epochs: int = Field(default=1, ge=1, description="epochs between validations and checkpoints")
     select_by: Literal["MRR@10", "unseen MRR@10"] = Field(
@@ -256,6 +260,11 @@ class Config(Frozen):
                 raise ValueError(
                     f"{section}.{name} is {given!r}, but a {self.model.kind} model needs {only!r}"
                 )
+        if self.train.blend_with_start and not self.model.reads_text:
+            raise ValueError(
+                f"train.blend_with_start mixes with the encoder that a model starts as; a {self.model.kind} "
+                "model starts at random"
+            )
         trained = self.train.x_encoder == "trained" or self.train.y_encoder != "frozen"
         if trained and self.data.context_from == "search":
             raise ValueError(

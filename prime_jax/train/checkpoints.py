@@ -155,6 +155,7 @@ class Checkpoints:
         confidence: Confidence | None = None,
         copied: Sequence[Path] = (),
         hybrid: Any | None = None,
+        predicting: TrainState | None = None,
     ) -> None:
         """Start writing a checkpoint; when it is complete, all but the newest and the best are dropped.
 
@@ -167,6 +168,7 @@ class Checkpoints:
             copied: Files and folders that go with it, such as a tokenizer or the encoders that were trained
                 along, by their own names; they must stay until this is complete.
             hybrid: What `HybridTrainer.saved` gave, of a run that is watched.
+            predicting: The state as it predicts; None for `state` itself.
 
         Raises:
             CheckpointError: If this one or the one before cannot be written.
@@ -175,7 +177,7 @@ class Checkpoints:
         step = int(state.step)
         folder = checkpoints_folder(self._run) / str(step)
         dtype = config.train.params_dtype
-        items = {"state": _copied(_as_tree(state)), "params": _for_inference(state, dtype)}
+        items = {"state": _copied(_as_tree(state)), "params": _for_inference(predicting or state, dtype)}
         if negatives is not None:
             items["negatives"] = {"table": negatives}
         if hybrid is not None:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,11 @@ from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
 from prime_jax.locks import Ownership
+from prime_jax.models.confidence import Confidence
 from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
+from prime_jax.train.blending import Blending
 from prime_jax.train.collective import any_process, barrier, is_main, say
 from prime_jax.train.hybrid import HybridRun
 from prime_jax.train.interrupt import interruptible
@@ -27,12 +29,12 @@ from prime_jax.train.monitor import History, Speed, Trace, not_finite, note, plo
 from prime_jax.train.optim import learning_rate
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.program import TrainingProgram
-from prime_jax.train.state import build_graph
+from prime_jax.train.state import TrainState, build_graph
 from prime_jax.train.steered_plots import plot_steering
 from prime_jax.train.step import Metrics
 from prime_jax.train.text_start import completed, packed_batches
 from prime_jax.train.trackers import open_trackers
-from prime_jax.train.validate import Validated, Validator
+from prime_jax.train.validate import Scores, Validator
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,17 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
             raise explain_exhausted(failed, config) from failed
 
 
+class _Judged(NamedTuple):
+    """What a validation found (see `Validated`), and the state as it predicts; None if there was none."""
+
+    scores: Scores
+    confidence: Confidence | None
+    state: TrainState | None
+
+
+NOTHING = _Judged({}, None, None)
+
+
 class _Run:
     """One run in progress: its program, its data, its files."""
 
@@ -126,6 +139,7 @@ class _Run:
         )
         self.copied = () if start is None else (start.tokenizer,)
         self.state = self.program.initial_state(setup.starting_weights(config, start))
+        self.blending = Blending(self.state) if settings.blend_with_start else None
         graph, mesh = build_graph(config.model, jnp.float32), self.program.mesh
         self.validate = Validator(
             graph, data, "dev", mesh, steering=steering, judge_with=config.steering.judge_with
@@ -212,7 +226,7 @@ class _Run:
                 if self.hybrid is not None and step == self.total_steps:
                     self._finish(self.hybrid, step)
                 validation_due = epoch_ends and self._validation_due(step)
-                found = self._validate(step) if validation_due else Validated({}, None)
+                found = self._validate(step) if validation_due else NOTHING
                 if validation_due or stop or self._save_due(step):
                     self._save(step, found)
                     self.speed.start()
@@ -326,7 +340,7 @@ class _Run:
         known = checkpoints.latest(self.out)
         if step > 1 and (known is None or known.step != step - 1):
             self.state = replace(self.state, halted=jnp.zeros_like(self.state.halted))
-            self._save(step - 1, Validated({}, None), watched=False)
+            self._save(step - 1, NOTHING, watched=False)
             self.saver.wait()
         raise PredictorError(
             f"{not_finite(metrics)}gradient norm {metrics['gradient_norm']} in step {step}: training "
@@ -335,11 +349,16 @@ class _Run:
             "lower train.learning-rate usually helps."
         )
 
-    def _validate(self, step: int) -> Validated:
-        validate = self.validate
+    def _validate(self, step: int) -> "_Judged":
+        """Score the state, or what predicts best between it and the start of the run."""
+        validate, settings = self.validate, self.config.train
         if self.texts is not None:
             validate = validate.over(self.texts.embedded(self.state))
-        found = validate(self.state)
+        state, blend = self.state, ""
+        if self.blending is not None:
+            state, share = self.blending.best(state, lambda one: validate.score(one, settings.select_by))
+            blend = f" at {share:g} of the way from the start"
+        found = _Judged(*validate(state), state)
         scores = found.scores
         if not scores:  # another process has them
             return found
@@ -349,7 +368,7 @@ class _Run:
         name = checkpoints.SELECT_BY
         say(
             f"epoch {self._epoch(step):g}: loss {last['loss']:.3f} (chance {last['chance']:.2f}), "
-            f"dev {name} {scores[name]:.3f} (query {self.validate.plain_query[name]:.3f}), "
+            f"dev {name} {scores[name]:.3f}{blend} (query {self.validate.plain_query[name]:.3f}), "
             f"{last['samples_per_second']:,.0f} examples/s"
         )
         if self.validate.collapsing(scores):
@@ -359,7 +378,7 @@ class _Run:
             )
         return found
 
-    def _save(self, step: int, found: Validated, *, watched: bool = True) -> None:
+    def _save(self, step: int, found: "_Judged", *, watched: bool = True) -> None:
         if self.holding is not None:
             self.holding.check()
         facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
@@ -374,7 +393,9 @@ class _Run:
             if self.hybrid is not None:
                 facts["hybrid"] = self.hybrid.facts
                 hybrid = self.hybrid.saved() if watched else None
-            self.saver.save(self.state, self.config, facts, self.mined, found.confidence, copied, hybrid)
+            self.saver.save(
+                self.state, self.config, facts, self.mined, found.confidence, copied, hybrid, found.state
+            )
             if self.texts is not None:
                 self.saver.wait()
         if is_main():

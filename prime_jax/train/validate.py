@@ -19,6 +19,7 @@ from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import ExactIndex, Rows
 from prime_jax.retrieval.vectors import unit
 from prime_jax.train import calibration
+from prime_jax.train.checkpoints import SELECT_BY
 from prime_jax.train.collective import is_main
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.sharding import everywhere
@@ -113,6 +114,11 @@ class Validator:
         judged = self._steered.scores(steered, partial(self._ranks, encoded)) if self._steered else {}
         scores = {**self._means(metrics), **judged, "rank": effective_rank(predicted)}
         return Validated(scores, self._confidence(predicted, trained, metrics, fallback))
+
+    def score(self, state: TrainState, name: str) -> float:
+        """One of the figures that `__call__` gives, in every process; MRR@10 where dev has no such figure."""
+        scores = self._means(self._measured(self._predictor(state), self._index(self._corpus)))
+        return scores.get(name, scores[SELECT_BY])
 
     def collapsing(self, scores: Scores) -> bool:
         """Whether predictions have much fewer directions than the targets."""

@@ -23,6 +23,7 @@ from prime_jax.losses.objective import Objective
 from prime_jax.train import checkpoints
 from prime_jax.train.__main__ import main
 from prime_jax.train.adapters import layers_of
+from prime_jax.train.blending import Blending
 from prime_jax.train.sharding import make_mesh, split_batch, state_shardings
 from prime_jax.train.state import TrainState, build_graph, init_state
 from prime_jax.train.step import StepPlan, make_train_step
@@ -205,6 +206,7 @@ EVERYTHING = [
     *("--train.negatives", "batch", "--train.mined-negatives", "2", "--train.context-negatives", "true"),
     *("--train.micro-batch-size", "4", "--train.average-weights", "0.9", "--train.num-epochs", "1"),
     *("--data.context-from", "search", "--data.first-pass-k", "3", "--train.temperature-schedule", "learned"),
+    *("--train.blend-with-start", "true"),
 ]
 
 
@@ -222,6 +224,45 @@ def test_nothing_is_refused_and_two_processes_learn_what_one_learns(
     best = checkpoints.best(tmp_path / "one")
     report = evaluate_run(tmp_path / "one", data, "dev", tmp_path / "report")
     assert report["methods"]["predicted"]["MRR@10"] == pytest.approx(best.score, abs=1e-6)
+
+
+def test_a_blend_lies_between_the_start_and_what_was_trained(
+    whole: tuple[TrainState, list[dict[str, float]]],
+) -> None:
+    trained, _ = whole
+    begun = init_state(MODEL, optax.sgd(0.1), 0)
+    blending = Blending(begun)
+    for share in (0.0, 0.25, 1.0):
+        at = blending.at(trained, share)
+        for blend, before, now in zip(
+            *(jax.tree.leaves(state.predicting) for state in (at, begun, trained)), strict=True
+        ):
+            expected = (1 - share) * np.asarray(before) + share * np.asarray(now)
+            np.testing.assert_allclose(blend, expected, atol=1e-7 if 0 < share < 1 else 0)
+
+    def near_a_quarter(state: TrainState) -> float:
+        wanted = jax.tree.leaves(blending.at(trained, 0.25).predicting)
+        apart = zip(jax.tree.leaves(state.predicting), wanted, strict=True)
+        return -sum(float(jnp.abs(one - other).sum()) for one, other in apart)
+
+    assert blending.best(trained, near_a_quarter)[1] == 0.25
+    assert blending.best(trained, lambda state: 0.0)[1] == 1.0  # of equal ones the trained one
+
+
+def test_training_that_does_harm_ends_where_it_started(
+    options: list[str], trained: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    start = checkpoints.best(trained)
+    harmful = [*options, "--train.learning-rate", "100", "--train.num-epochs", "1"]
+    harmful += ["--model.checkpoint-path", str(start.folder)]
+    assert main([*harmful, "--out", str(tmp_path / "plain")]) == 0
+    assert checkpoints.best(tmp_path / "plain").score < start.score
+    capsys.readouterr()
+    assert main([*harmful, "--train.blend-with-start", "true", "--out", str(tmp_path / "blended")]) == 0
+    assert "at 0 of the way from the start" in " ".join(capsys.readouterr().err.split())
+    assert checkpoints.best(tmp_path / "blended").score == pytest.approx(start.score, abs=1e-6)
+    report = evaluate_run(tmp_path / "blended", data, "dev", tmp_path / "report")
+    assert report["methods"]["predicted"]["MRR@10"] == pytest.approx(start.score, abs=1e-6)
 
 
 @pytest.mark.parametrize(
