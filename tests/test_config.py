@@ -257,7 +257,8 @@ def test_what_a_steered_model_does_not_take_is_refused(kind: str, setting: str, 
 def test_only_what_starts_as_an_encoder_is_blended_with_its_start() -> None:
     with pytest.raises(ConfigError, match="a prime model starts at random"):
         read_config(None, ["--train.blend-with-start", "true"])
-    assert read_config(None, ["--model.kind", "text", "--train.blend-with-start", "true"]).train.blend_with_start
+    text = read_config(None, ["--model.kind", "text", "--train.blend-with-start", "true"])
+    assert text.train.blend_with_start
 
 
 def test_a_config_cannot_be_changed() -> None:
