@@ -1,7 +1,7 @@
 """An encoder for studies: all-MiniLM-L6-v2 less the mean of a data folder's passages, scaled to norm 1 again.
 
     CENTRED_ON=DIR python -m benchmarks.study --data DIR --data.encoder=benchmarks.centred:encoder \
-        --data.store=DIR/centred --config configs/recommended.yaml --out FILE.json 'without the mean:'
+        --data.store=DIR/centred --config configs/frozen.yaml --out FILE.json 'without the mean:'
 
 Queries, turns and passages are moved alike, so that the plain query and every baseline are of the same space.
 The mean is that of SAMPLE passages.

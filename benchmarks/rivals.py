@@ -171,7 +171,7 @@ def options_of(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE")
     parser.add_argument(
-        "--config", type=Path, nargs="+", metavar="FILE", help="default: recommended and text"
+        "--config", type=Path, nargs="+", metavar="FILE", help="default: frozen and recommended"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=FineTuning().epochs, help=THEIRS)
@@ -214,7 +214,7 @@ def filled(
     given: argparse.Namespace, words: Sequence[str], folder: Path, split: str, out: Path
 ) -> tuple[dict[str, Any], Task]:
     """The table of one split, with every cell that it lacked."""
-    files = given.config or [CONFIGS / "recommended.yaml", *CONFIGS.glob("text.yaml")]
+    files = given.config or [CONFIGS / "frozen.yaml", CONFIGS / "recommended.yaml"]
     options = [f"--data.path={folder}", *words]
     configs = {file.stem: read_config(file, options) for file in files}
     if len(configs) < len(files):

@@ -1,6 +1,6 @@
 """What helps? Named variants of a configuration, several seeds each, beside tuned baselines on dev.
 
-    python -m benchmarks.study --data DIR --config configs/recommended.yaml --seeds 0 1 2 --out FILE.json \
+    python -m benchmarks.study --data DIR --config configs/frozen.yaml --seeds 0 1 2 --out FILE.json \
         'as it is:' 'colder: --train.temperature 0.02' 'wider: --model.hidden-dim 768'
 
 A variant is a name, a colon and settings on top of the configuration and of those given beside the variants

@@ -1,6 +1,6 @@
 """Does the guard do no harm? Train on each set, judge on all of them, with and without the guard.
 
-    python -m benchmarks.transfer --config configs/recommended.yaml --out FILE.json talks=DIR docs=DIR \
+    python -m benchmarks.transfer --config configs/frozen.yaml --out FILE.json talks=DIR docs=DIR \
         hops=DIR,--data.context-from=search,--data.first-pass-k=5
 
 Every set is a name, its data folder and settings of its own. The figures are those of dev. The set that a

@@ -277,7 +277,8 @@ def test_every_shipped_config_loads_and_builds(file: Path) -> None:
 
 
 def test_there_are_shipped_configs() -> None:
-    assert {"quickstart", "recommended", "prime_base", "prime_small"} <= {file.stem for file in CONFIGS}
+    named = {"quickstart", "recommended", "frozen", "prime_base", "prime_small"}
+    assert named <= {file.stem for file in CONFIGS}
 
 
 def test_a_tilde_is_the_users_home_also_where_no_shell_expands_it(

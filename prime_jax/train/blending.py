@@ -14,8 +14,8 @@ from jaxtyping import Array
 
 from prime_jax.train.state import TrainState
 
-SHARES = (1.0, 0.75, 0.5, 0.25, 0.0)
-"""How much of the way from start to trained is tried; the first of equally good ones is taken."""
+SHARES = (1.0, 0.75, 0.5)
+"""How much of the way from start to trained is tried, besides none; the first of equally good ones wins."""
 
 
 class Blending:
@@ -27,6 +27,7 @@ class Blending:
 
     def __init__(self, start: TrainState):
         self._start = jax.tree.map(jnp.copy, start.predicting)
+        self._score_of_start: float | None = None
 
     def at(self, state: TrainState, share: float) -> TrainState:
         """The state as it predicts at that share of the way; 1 is as it was trained."""
@@ -39,7 +40,10 @@ class Blending:
             state: As it was trained.
             score: Gives the figure to be large; every process must get the same from it.
         """
-        share = max(SHARES, key=lambda share: score(self.at(state, share)))
+        if self._score_of_start is None:
+            self._score_of_start = score(self.at(state, 0.0))
+        scores = {share: score(self.at(state, share)) for share in SHARES} | {0.0: self._score_of_start}
+        share = max(scores, key=lambda share: scores[share])
         return self.at(state, share), share
 
 

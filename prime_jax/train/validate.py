@@ -31,6 +31,7 @@ UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
 FAMILIAR = 2048  # training examples that a confidence knows the kind of
+FAMILIAR_TEXTS = 512  # the same of a model that reads text: each is a pass of its encoder
 
 Scores = dict[str, float]
 Vectors = Float32[np.ndarray, "n E"]
@@ -70,7 +71,8 @@ class Validator:
         self._data, self._split, self._mesh, self._name = data, data.splits[split], mesh, split
         self._corpus = data.corpus()
         trained = data.splits["train"]
-        few = np.random.default_rng(0).permutation(len(trained))[:FAMILIAR]
+        most = FAMILIAR if trained.sequences is None else FAMILIAR_TEXTS
+        few = np.random.default_rng(0).permutation(len(trained))[:most]
         self._few = np.sort(few)
         self._predict_train = SplitPredictor(graph, data, "train", mesh, self._few)
         self._steered = steering and SteeredJudge(self._predictor, data, split, steering, judge_with)

@@ -232,7 +232,7 @@ def test_a_blend_lies_between_the_start_and_what_was_trained(
     trained, _ = whole
     begun = init_state(MODEL, optax.sgd(0.1), 0)
     blending = Blending(begun)
-    for share in (0.0, 0.25, 1.0):
+    for share in (0.0, 0.75, 1.0):
         at = blending.at(trained, share)
         for blend, before, now in zip(
             *(jax.tree.leaves(state.predicting) for state in (at, begun, trained)), strict=True
@@ -240,12 +240,12 @@ def test_a_blend_lies_between_the_start_and_what_was_trained(
             expected = (1 - share) * np.asarray(before) + share * np.asarray(now)
             np.testing.assert_allclose(blend, expected, atol=1e-7 if 0 < share < 1 else 0)
 
-    def near_a_quarter(state: TrainState) -> float:
-        wanted = jax.tree.leaves(blending.at(trained, 0.25).predicting)
+    def near_a_half(state: TrainState) -> float:
+        wanted = jax.tree.leaves(blending.at(trained, 0.5).predicting)
         apart = zip(jax.tree.leaves(state.predicting), wanted, strict=True)
         return -sum(float(jnp.abs(one - other).sum()) for one, other in apart)
 
-    assert blending.best(trained, near_a_quarter)[1] == 0.25
+    assert blending.best(trained, near_a_half)[1] == 0.5
     assert blending.best(trained, lambda state: 0.0)[1] == 1.0  # of equal ones the trained one
 
 
