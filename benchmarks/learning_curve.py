@@ -53,7 +53,8 @@ def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    metrics = [name for name in SHOWN if all(name in row["mean"] for row in curves[0]["table"].values())]
+    everything = [row["mean"] for curve in curves for row in curve["table"].values()]
+    metrics = [name for name in SHOWN if all(name in means for means in everything)]
     figure, axes = plt.subplots(
         1, len(metrics), figsize=(5.5 * len(metrics), 4), layout="constrained", squeeze=False
     )

@@ -1,0 +1,59 @@
+"""Learning curves: the parts of train lie in each other, and every size has its figures and its place."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny_bert import HIDDEN, WORDS, tensors, write_folder
+
+from benchmarks import learning_curve
+from prime_jax.data.records import Dataset, Example, Passage, write_dataset
+
+SMALL = f"""
+model: {{input_dim: {HIDDEN}, output_dim: {HIDDEN}, hidden_dim: 128, num_layers: 1, num_heads: 4,
+  max_context_length: 2, use_torch_compile: false}}
+mesh: {{data: 1}}
+train: {{batch_size: 8, num_epochs: 1, gradient_checkpointing: false, mixed_precision: false}}
+"""
+
+
+def conversations(count: int) -> tuple[Example, ...]:
+    """Two questions of each conversation; they share its first turn."""
+    return tuple(
+        Example(f"q{row}", (f"{WORDS[row // 2 % len(WORDS)]} {row // 2}",), f"ask {row}", (f"p{row % 20}",))
+        for row in range(count)
+    )
+
+
+@pytest.mark.parametrize("size", [2, 17, 40])
+def test_a_part_has_whole_conversations_and_lies_in_every_larger_one(size: int) -> None:
+    examples = conversations(40)
+    part = learning_curve.first_conversations(examples, size)
+    np.testing.assert_array_equal(part[::2], part[1::2])
+    assert abs(int(part.sum()) - size) <= 1
+    for larger in (20, 30, 40):
+        if larger >= size:
+            assert not (part & ~learning_curve.first_conversations(examples, larger)).any()
+
+
+def test_every_size_has_its_figures_and_the_curves_are_drawn(tmp_path: Path) -> None:
+    random, data = np.random.default_rng(0), tmp_path / "data"
+    corpus = tuple(Passage(f"p{row}", " ".join(random.choice(WORDS, 5))) for row in range(20))
+    dev = tuple(Example(f"d{row}", (), " ".join(random.choice(WORDS, 3)), (f"p{row}",)) for row in range(8))
+    write_dataset(data, Dataset(corpus, {"train": conversations(32), "dev": dev}))
+    (tmp_path / "small.yaml").write_text(SMALL)
+    encoder, out = write_folder(tmp_path / "encoder", tensors()), tmp_path / "curve.json"
+    command = [
+        *("--data", str(data), "--out", str(out), "--keep", str(tmp_path / "kept"), "--sizes", "16", "99"),
+        *("--config", str(tmp_path / "small.yaml"), "--seeds", "0", f"--data.encoder={encoder}"),
+        *("--only", "query", "ridge", "small"),
+    ]
+    learning_curve.main(command)
+    found = json.loads(out.read_text())
+    assert [curve["records"] for curve in found["curves"]] == [16, 32]
+    few, all_of_them = (curve["table"] for curve in found["curves"])
+    assert set(few) == {"query", "ridge", "small"}
+    assert few["query"]["mean"] == all_of_them["query"]["mean"]  # nothing of it is trained
+    assert few["ridge"]["mean"] != all_of_them["ridge"]["mean"]
+    assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
