@@ -54,6 +54,6 @@ def test_every_size_has_its_figures_and_the_curves_are_drawn(tmp_path: Path) -> 
     assert [curve["records"] for curve in found["curves"]] == [16, 32]
     few, all_of_them = (curve["table"] for curve in found["curves"])
     assert set(few) == {"query", "ridge", "small"}
-    assert few["query"]["mean"] == all_of_them["query"]["mean"]  # nothing of it is trained
-    assert few["ridge"]["mean"] != all_of_them["ridge"]["mean"]
+    assert few["query"]["mean"]["MRR@10"] == all_of_them["query"]["mean"]["MRR@10"]  # nothing of it is trained
+    assert few["ridge"]["mean"]["MRR@10"] != all_of_them["ridge"]["mean"]["MRR@10"]
     assert (tmp_path / "curve.png").read_bytes()[:4] == b"\x89PNG"
