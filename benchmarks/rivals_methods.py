@@ -15,6 +15,7 @@ from benchmarks.study import Opened, opened, trained
 from prime_jax import load
 from prime_jax.config import Config, DataConfig
 from prime_jax.data.encode import Encoder, load_encoder, names_code
+from prime_jax.data.one_text import as_one_text
 from prime_jax.data.records import Dataset, Example, load_dataset
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
@@ -295,13 +296,18 @@ def ours(task: Task, config: Config, seed: int) -> Cell:
         evaluate_run(run, Path(source.path), task.split, report, store=store, encoder=named)
         found = _read_ranking(report / f"run.{PREDICTED}.trec", task)
         predictor = load(run, precision="float32", encoder=named)
-        encoder, most = encoder_of(predictor), predictor.model.config.max_context_length
+        encoder = encoder_of(predictor)
+        most = predictor.model.config.max_context_length - predictor.model.config.takes_one_text
 
         def turns(example: Example) -> list[str]:
             return list(example.context[max(0, len(example.context) - most) :])
 
         def from_kept(example: Example) -> None:
-            predictor.predict(embedded[example.id], encoder.encode([source.query_prefix + example.query])[0])
+            context, asked = embedded[example.id], [source.query_prefix + example.query]
+            if predictor.model.config.takes_one_text:
+                asked.append(source.query_prefix + as_one_text(example.query, example.context))
+            vectors = encoder.encode(asked)
+            predictor.predict(np.concatenate([context, vectors[1:]]), vectors[0])
 
         ms = milliseconds(lambda one: predictor.predict_text(turns(one), one.query), task.examples)
         kept = ms

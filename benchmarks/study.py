@@ -64,7 +64,7 @@ def opened(config: Config, unseen_key: str | None, judged: str = "dev") -> Opene
     assert config.data.path is not None
     source = config.data
     encoder = load_encoder(source.encoder, source.encoder_precision)
-    prefixes = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
+    prefixes: dict[str, Any] = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
     folder = None if source.store is None else Path(source.store)
     names = ("train", "dev", *({judged} - {"dev"}))
     dataset, store = prepare(Path(config.data.path), names, encoder, store_folder=folder, **prefixes)
@@ -76,7 +76,8 @@ def opened(config: Config, unseen_key: str | None, judged: str = "dev") -> Opene
         first_pass_k=source.first_pass_k,
         **prefixes,
     )
-    splits = split_arrays(dataset, embedded, encoder, source)
+    one_text = config.model.takes_one_text
+    splits = split_arrays(dataset, embedded, encoder, source, one_text=one_text)
     examples = dataset.splits[judged]
     fresh = unseen(splits[judged].positives, splits["train"].positives)
     if unseen_key is not None:

@@ -265,7 +265,17 @@ class Config(Frozen):
                 f"train.blend_with_start mixes with the encoder that a model starts as; a {self.model.kind} "
                 "model starts at random"
             )
+        if self.model.takes_one_text and self.data.context_from == "search":
+            raise ValueError(
+                "model.conversation_input is query and turns as one text, but data.context_from 'search' has "
+                "passages as turns; set one of them back"
+            )
         trained = self.train.x_encoder == "trained" or self.train.y_encoder != "frozen"
+        if trained and self.model.takes_one_text:
+            raise ValueError(
+                "model.conversation_input is an embedding by an encoder that stays; with an encoder that is "
+                "trained take model.kind 'text', which reads the words"
+            )
         if trained and self.data.context_from == "search":
             raise ValueError(
                 "data.context_from 'search' has passages as turns, which an encoder that moves would have to "

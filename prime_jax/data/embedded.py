@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int32, Int64
 
 from prime_jax.data.first_pass import first_pass
+from prime_jax.data.one_text import as_one_text
 from prime_jax.data.records import Dataset, Example
 from prime_jax.data.sequences import Sequences
 from prime_jax.data.store import EmbeddingStore
@@ -101,6 +102,7 @@ def embed_dataset(
     passage_prefix: str = "",
     context_from: Literal["data", "search"] = "data",
     first_pass_k: int = 10,
+    conversation: bool = False,
 ) -> EmbeddedDataset:
     """Look every text of a dataset up in the store.
 
@@ -113,6 +115,8 @@ def embed_dataset(
         context_from: "data" takes the turns from the examples. "search" replaces them by the passages of a
             first search with the query, the best one last (`first_pass`).
         first_pass_k: How many passages that search finds, at most `max_context_length`.
+        conversation: Put query and turns as one text behind the newest turn (`model.conversation_input`); it
+            takes the place of the oldest one where there are N.
 
     Raises:
         DataError: If a text is not in the store; run `python -m prime_jax.data.encode` on the data first.
@@ -138,8 +142,9 @@ def embed_dataset(
         scope = np.array([code_of[example.scope] for example in examples], np.int32)
         query_rows = store.rows([query_prefix + example.query for example in examples])
         if context_from == "data":
-            context_rows = _context_rows(examples, store, max_context_length, query_prefix)
-            windowed = sum(len(example.context) > max_context_length for example in examples)
+            context_rows = _context_rows(examples, store, max_context_length, query_prefix, conversation)
+            most = max_context_length - conversation
+            windowed = sum(len(example.context) > most for example in examples)
         else:
             found = first_pass(
                 store,
@@ -175,10 +180,14 @@ def embed_dataset(
 
 
 def _context_rows(
-    examples: Sequence[Example], store: EmbeddingStore, length: int, prefix: str
+    examples: Sequence[Example], store: EmbeddingStore, length: int, prefix: str, conversation: bool
 ) -> Int[np.ndarray, "n N"]:
     """Store rows of the newest `length` turns of each example, oldest first, then -1."""
-    windows = [example.context[max(0, len(example.context) - length) :] for example in examples]
+    most = length - conversation
+    windows = [example.context[max(0, len(example.context) - most) :] for example in examples]
+    if conversation:
+        pairs = zip(examples, windows, strict=True)
+        windows = [(*turns, as_one_text(example.query, turns)) for example, turns in pairs]
     turns = list(dict.fromkeys(turn for window in windows for turn in window))
     row_of = dict(zip(turns, store.rows([prefix + turn for turn in turns]).tolist(), strict=True))
     rows = np.full((len(examples), length), EMPTY, np.int64)

@@ -143,7 +143,7 @@ def build_steering(
 
 
 def _embedded(
-    folder: Path, encoder: Encoder, store_folder: Path | None, prefixes: Mapping[str, str]
+    folder: Path, encoder: Encoder, store_folder: Path | None, prefixes: Mapping[str, Any]
 ) -> tuple[Dataset, EmbeddedDataset]:
     """All splits that exist, with embeddings that were found to be finite."""
     splits = [name for name in SPLITS if (folder / f"{name}.jsonl").exists()]

@@ -16,6 +16,7 @@ from prime_jax.config import DataConfig
 from prime_jax.data.conversations import context_texts
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import Encoder, encode_texts, passage_prefix_for
+from prime_jax.data.one_text import as_one_text
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
 from prime_jax.data.store import holds_store
@@ -36,7 +37,6 @@ from prime_jax.retrieval.topk import Rows
 
 _PACKAGES = ("prime-jax", "jax", "flax", "numpy", "scipy", "ir-measures")
 _TUNING = ("train", "dev")
-WORDS = 60  # of a conversation that is encoded as one text
 
 
 def evaluate_run(
@@ -84,7 +84,8 @@ def evaluate_run(
             predictor, run, data, wanted, store=store, steering=steering
         )
         turns = not (predictor.config and predictor.config.steered)
-        splits = split_arrays(dataset, embedded, used, source, turns=turns)
+        one_text = predictor.model.config.takes_one_text
+        splits = split_arrays(dataset, embedded, used, source, turns=turns, one_text=one_text)
         test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
         predicted = predictions(predictor, test)
         evaluation = evaluate_methods(
@@ -98,7 +99,7 @@ def evaluate_run(
             seed=seed,
             groups=conversations(dataset.splits[split]),
             judged=_judged(predictor, test, predicted),
-            ablated=ablated(predictor, test, seed) if ablation else None,
+            ablated=ablated(predictor, seen_by(predictor, test), seed) if ablation else None,
         )
         facts = {
             "index": index,
@@ -108,10 +109,29 @@ def evaluate_run(
         return write_report(out, evaluation, _texts(dataset, split), facts)
 
 
+def seen_by(predictor: Predictor, split: Split) -> Split:
+    """A split with the turns as the model takes them: baselines see turns alone.
+
+    Where it has `model.conversation_input`, query and turns as one text are behind the newest turn, and the
+    oldest one goes where there are N.
+    """
+    if not predictor.model.config.takes_one_text:
+        return split
+    assert split.conversation is not None
+    told, most = split.mask.sum(axis=1), split.mask.shape[1]
+    rows, full = np.arange(len(told)), told == most
+    context, mask = split.context.copy(), split.mask.copy()
+    context[full] = np.roll(context[full], -1, axis=1)
+    place = np.where(full, most - 1, told)
+    context[rows, place], mask[rows, place] = split.conversation, True
+    return split._replace(context=context, mask=mask)
+
+
 def predictions(predictor: Predictor, split: Split) -> np.ndarray:
     """Predictions `[Q, E]` for a split, from its texts where the model reads them, or from its embeddings."""
     if not predictor.reads_text:
-        return predictor.predict(split.context, split.query, split.mask)
+        seen = seen_by(predictor, split)
+        return predictor.predict(seen.context, seen.query, seen.mask)
     assert split.context_texts is not None
     assert split.query_texts is not None
     return predictor.predict_text(split.context_texts, split.query_texts)
@@ -121,8 +141,8 @@ def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged 
     """What the predictor says of its predictions; None where it carries no calibration."""
     if predictor.confidence is None:
         return None
-    guard = test.query.shape[1] == predicted.shape[1]
-    request = Request(test.context, test.query, test.mask, single=False)
+    guard, seen = test.query.shape[1] == predicted.shape[1], seen_by(predictor, test)
+    request = Request(seen.context, seen.query, seen.mask, single=False)
     found = predictor.judge(request, predicted, guard=guard)
     assert found.confidence is not None
     return Judged(found.confidence, found.embedding if guard else None, found.trust)
@@ -170,7 +190,7 @@ def open_data(
             f"is {encoder.identity}; vectors of different encoders cannot be compared"
         )
     passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
-    prefixes = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
+    prefixes: dict[str, Any] = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
     folder = store
     # What only a run's configuration names is used where it is such a store, never made.
     if folder is None and source.store:
@@ -204,6 +224,7 @@ def split_arrays(
     source: DataConfig,
     *,
     turns: bool = True,
+    one_text: bool = False,
 ) -> dict[str, Split]:
     """Every split as arrays. Texts of several turns are encoded where the data itself has turns.
 
@@ -213,6 +234,7 @@ def split_arrays(
         encoder: Encodes what is missing.
         source: How they were encoded.
         turns: Whether the model sees turns; a steered one has a steering vector in their place.
+        one_text: Whether the model takes query and turns as one text, so that every split needs it.
     """
     said = (example.context for examples in dataset.splits.values() for example in examples)
     has_turns = turns and any(said)
@@ -230,10 +252,14 @@ def split_arrays(
             return embedded.store[embedded.store.rows(prefixed)]
 
         last_turn = conversation = None
-        if has_turns and name != "train":  # nothing is fitted to them
+        fitted_to = has_turns and name != "train"  # no baseline is fitted to those of train
+        if fitted_to:
             last_turn = encoded([_with_last_turn(example) for example in dataset.splits[name]])
-            pairs = zip(queries, contexts, strict=True)
-            conversation = encoded([_as_one_text(asked, turns) for asked, turns in pairs])
+        if fitted_to or one_text:
+            most = mask.shape[1] - one_text
+            newest = (turns[max(0, len(turns) - most) :] for turns in contexts)
+            pairs = zip(queries, newest, strict=True)
+            conversation = encoded([as_one_text(asked, turns) for asked, turns in pairs])
         arrays[name] = Split(
             query,
             context,
@@ -247,11 +273,6 @@ def split_arrays(
             conversation,
         )
     return arrays
-
-
-def _as_one_text(query: str, turns: Sequence[str]) -> str:
-    """Query and turns, the newest first; untrained encoders do worse with more of it."""
-    return " ".join(" ".join([query, *reversed(turns)]).split()[:WORDS])
 
 
 def _with_last_turn(example: Example) -> str:

@@ -13,7 +13,14 @@ from prime_jax.data.records import SPLITS
 from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.membership import Closeness, closeness, membership
-from prime_jax.evaluate.run import OpenedData, conversations, open_data, predictions, split_arrays
+from prime_jax.evaluate.run import (
+    OpenedData,
+    conversations,
+    open_data,
+    predictions,
+    seen_by,
+    split_arrays,
+)
 from prime_jax.evaluate.significance import compare
 from prime_jax.export.interface import Arrays
 from prime_jax.export.interfaces import interface_of
@@ -107,7 +114,14 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
             raise DataError(f"{data / f'{name}.jsonl'}: the file is missing")
     opened = open_data(predictor, run, data, names, store=store)
     turns = not (predictor.config and predictor.config.steered)
-    splits = split_arrays(opened.dataset, opened.embedded, opened.encoder, opened.source, turns=turns)
+    splits = split_arrays(
+        opened.dataset,
+        opened.embedded,
+        opened.encoder,
+        opened.source,
+        turns=turns,
+        one_text=predictor.model.config.takes_one_text,
+    )
     passages = opened.embedded.corpus()
     memory = passages if predictor.target_head is None else predictor.map_memory(passages)
     scope = opened.embedded.corpus_scope
@@ -118,7 +132,7 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
         groups=conversations(opened.dataset.splits[VALIDATION]),
         leak=_leak(predictor, opened, splits, passages, memory),
         requests=interface.requests(
-            splits[VALIDATION], Path(predictor.info()["source"]), predictor.query_prefix
+            seen_by(predictor, splits[VALIDATION]), Path(predictor.info()["source"]), predictor.query_prefix
         ),
     )
 
@@ -161,6 +175,7 @@ def _rows_of(split: Split, rows: Int64[ndarray, " m"]) -> Split:
         right,
         context_texts=None if contexts is None else [contexts[row] for row in rows],
         query_texts=None if queries is None else [queries[row] for row in rows],
+        conversation=None if split.conversation is None else split.conversation[rows],
     )
 
 

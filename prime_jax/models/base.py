@@ -38,6 +38,11 @@ class ServedConfig(Frozen):
         """Whether requests are texts, not embeddings."""
         return False
 
+    @property
+    def takes_one_text(self) -> bool:
+        """Whether the newest turn given is the embedding of query and turns as one text."""
+        return False
+
     def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
         """What the model reads of a batch, in the order of its `details`."""
         return embeddings_of(batch)

@@ -35,6 +35,9 @@ class PredictorConfig(ServedConfig):
     num_layers: int = Field(default=4, ge=1, le=12, description="transformer layers")
     num_heads: int = Field(default=8, ge=1, description="attention heads; must divide hidden_dim")
     max_context_length: int = Field(default=10, ge=1, le=50, description="most turns N that are looked at")
+    conversation_input: bool = Field(
+        default=False, description="the newest turn given is the embedding of query and turns as one text"
+    )
     dropout: float = Field(default=0.1, ge=0.0, le=0.5, description="dropout probability in training")
     context_attention: ContextAttention = Field(default="full", description="what turns may look at")
     residual: Literal["none", "query", "copy", "linear"] = Field(
@@ -71,6 +74,11 @@ class PredictorConfig(ServedConfig):
             raise ValueError("max_delta caps what is added to a residual, but residual is 'none'")
         check_block(self)
         return self
+
+    @property
+    def takes_one_text(self) -> bool:
+        """Whether the newest turn given is the embedding of query and turns as one text."""
+        return self.conversation_input
 
     @property
     def copies_turns(self) -> bool:

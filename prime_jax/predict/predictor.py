@@ -251,6 +251,11 @@ class Predictor:
             raise PredictorError(
                 f"a {self.model.config.kind} model takes a steering vector, no turns, so it has no sessions"
             )
+        if self.model.config.takes_one_text:
+            raise PredictorError(
+                "this model takes query and turns as one text in the place of the newest turn, another for "
+                "each question; a session keeps turns, so call predict_text or predict"
+            )
         if batch < 1:
             raise PredictorError(f"a session of {batch} conversations is none")
         if precision is None:

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from prime_jax.config import Config
 from prime_jax.data.encode import Encoder, load_encoder, names_code
+from prime_jax.data.one_text import as_one_text
 from prime_jax.data.tokens import BUCKETS
 from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.models.jasper import SteeredConfig
@@ -116,7 +117,8 @@ class TextPaths:
             ConfigError: If there is no encoder, or it does not fit.
         """
         config = self._predictor.model.config
-        contexts, queries, single = as_requests(context, query, config.max_context_length)
+        most = config.max_context_length - config.takes_one_text
+        contexts, queries, single = as_requests(context, query, most)
         if config.reads_text:
             if encoder is not None:
                 raise ConfigError(f"a {config.kind} model reads texts itself; leave encoder out")
@@ -205,6 +207,9 @@ class TextPath:
 
     def predict(self, contexts: list[list[str]], queries: list[str]) -> Float[np.ndarray, "B E"]:
         """Predictions for checked requests."""
+        if self._config.takes_one_text:
+            pairs = zip(contexts, queries, strict=True)
+            contexts = [[*turns, as_one_text(query, turns)] for turns, query in pairs]
         contexts = [[self._prefix + turn for turn in turns] for turns in contexts]
         queries = [self._prefix + query for query in queries]
         if not queries:

@@ -185,6 +185,7 @@ def prepared(config: Config) -> Prepared:
             store_folder=Path(source.store) if source.store else None,
             query_prefix=source.query_prefix,
             passage_prefix=passage_prefix,
+            turns_of_one_text=config.model.max_context_length - 1 if config.model.takes_one_text else None,
         )
     data = embed_dataset(
         dataset,
@@ -194,6 +195,7 @@ def prepared(config: Config) -> Prepared:
         passage_prefix=passage_prefix,
         context_from=source.context_from,
         first_pass_k=source.first_pass_k,
+        conversation=config.model.takes_one_text,
     )
     facts = {
         "encoder": encoder.identity,
