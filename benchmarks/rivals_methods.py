@@ -297,14 +297,14 @@ def ours(task: Task, config: Config, seed: int) -> Cell:
         found = _read_ranking(report / f"run.{PREDICTED}.trec", task)
         predictor = load(run, precision="float32", encoder=named)
         encoder = encoder_of(predictor)
-        most = predictor.model.config.max_context_length - predictor.model.config.takes_one_text
+        most = predictor.model.config.max_context_length - predictor.takes_one_text
 
         def turns(example: Example) -> list[str]:
             return list(example.context[max(0, len(example.context) - most) :])
 
         def from_kept(example: Example) -> None:
             context, asked = embedded[example.id], [source.query_prefix + example.query]
-            if predictor.model.config.takes_one_text:
+            if predictor.takes_one_text:
                 asked.append(source.query_prefix + as_one_text(example.query, example.context))
             vectors = encoder.encode(asked)
             predictor.predict(np.concatenate([context, vectors[1:]]), vectors[0])

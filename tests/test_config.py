@@ -25,7 +25,7 @@ def write(folder: Path, text: str) -> Path:
 
 def test_defaults_are_those_of_the_requirement() -> None:
     model, train = PredictorConfig(), TrainingConfig()
-    later = {"kind", "context_attention", "residual", "max_delta", "block", *LLAMA_ONLY}
+    later = {"kind", "context_attention", "residual", "conversation_input", "max_delta", "block", *LLAMA_ONLY}
     assert model.model_dump(exclude=later) == {
         "input_dim": 1024,
         "hidden_dim": 2048,

@@ -84,7 +84,7 @@ def evaluate_run(
             predictor, run, data, wanted, store=store, steering=steering
         )
         turns = not (predictor.config and predictor.config.steered)
-        one_text = predictor.model.config.takes_one_text
+        one_text = predictor.takes_one_text
         splits = split_arrays(dataset, embedded, used, source, turns=turns, one_text=one_text)
         test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
         predicted = predictions(predictor, test)
@@ -115,7 +115,7 @@ def seen_by(predictor: Predictor, split: Split) -> Split:
     Where it has `model.conversation_input`, query and turns as one text are behind the newest turn, and the
     oldest one goes where there are N.
     """
-    if not predictor.model.config.takes_one_text:
+    if not predictor.takes_one_text:
         return split
     assert split.conversation is not None
     told, most = split.mask.sum(axis=1), split.mask.shape[1]

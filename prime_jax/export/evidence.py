@@ -120,7 +120,7 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
         opened.encoder,
         opened.source,
         turns=turns,
-        one_text=predictor.model.config.takes_one_text,
+        one_text=predictor.takes_one_text,
     )
     passages = opened.embedded.corpus()
     memory = passages if predictor.target_head is None else predictor.map_memory(passages)

@@ -318,6 +318,11 @@ class Predictor:
         self._warmup_seconds = time.perf_counter() - started
 
     @property
+    def takes_one_text(self) -> bool:
+        """Whether the newest turn given is the embedding of query and turns as one text."""
+        return self.model.config.takes_one_text
+
+    @property
     def reads_text(self) -> bool:
         """Whether the model takes texts (`predict_text`) and no embeddings."""
         return self.model.config.reads_text

@@ -45,6 +45,7 @@ class FakeRun(Predictor):
     target_head: None = None
     confidence: None = None
     reads_text: bool = False
+    takes_one_text: bool = False
 
     def info(self):
         return {"encoder": self.encoder, "data_hash": self.data_hash, "step": 3}
