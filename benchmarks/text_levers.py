@@ -15,6 +15,8 @@ command goes on from there. It needs the packages of `rivals_sentence_transforme
 - even_softmax: cross-entropy with equal shares for the right answers, which then compete with each other;
 - both_inputs: the pooled vector plus a linear map, zero at first, of the frozen embeddings of the query, of
   the last turn and of the mean of the turns, trained together;
+- rewrites: beside the loss five times the squared distance to the embedding of the question as people rewrote
+  it (ConvDR, arXiv 2105.04166), for data whose rows have the key "rewrite";
 - cross_encoder: the same encoder trained to judge a conversation and a passage together, on the 50 passages
   that the untrained text finds; it ranks the first 20 of the row as_it_is anew (no index can do that);
 - distilled: as_it_is, and also close to what the cross-encoder says of those 50.
@@ -62,6 +64,7 @@ class Lever(NamedTuple):
         even_softmax: Whether right answers compete with each other.
         both_inputs: Whether frozen embeddings are added.
         distilled: Weight of the cross-encoder's word.
+        rewrites: Weight of the distance to the rewritten question's embedding.
     """
 
     vectors: int = 1
@@ -70,6 +73,7 @@ class Lever(NamedTuple):
     even_softmax: bool = False
     both_inputs: bool = False
     distilled: float = 0.0
+    rewrites: float = 0.0
 
 
 LEVERS = {
@@ -80,6 +84,7 @@ LEVERS = {
     "even_softmax": Lever(even_softmax=True),
     "both_inputs": Lever(both_inputs=True),
     "distilled": Lever(distilled=1.0),
+    "rewrites": Lever(rewrites=5.0),
 }
 
 
@@ -136,6 +141,7 @@ def train_reader(task: Task, lever: Lever, options: FineTuning, seed: int) -> tu
     frozen = frozen_inputs(task, "train") if lever.both_inputs else None
     passages = [task.source.passage_prefix + passage.text for passage in task.dataset.corpus]
     teacher = teaching(task, options, seed) if lever.distilled else None
+    rewritten = rewritten_queries(task) if lever.rewrites else None
     started = time.perf_counter()
     steps = -(-len(examples) // options.batch_size) * options.epochs
     step = _stepper(reader, options, steps)
@@ -157,7 +163,8 @@ def train_reader(task: Task, lever: Lever, options: FineTuning, seed: int) -> tu
                     texts.append(" ".join(words[at] for at in left))
                     right.append(np.array([passage]))
                 given = None if frozen is None else frozen[rows]
-                scores = best_scores(reader(texts, options.tokens, given), corpus) / options.temperature
+                vectors = reader(texts, options.tokens, given)
+                scores = best_scores(vectors, corpus) / options.temperature
                 loss = _loss(scores, right, lever.even_softmax)
                 if teacher is not None:
                     candidates, said = teacher[0][rows], teacher[1][rows]
@@ -166,9 +173,19 @@ def train_reader(task: Task, lever: Lever, options: FineTuning, seed: int) -> tu
                     loss = loss + lever.distilled * torch.nn.functional.kl_div(
                         heard, target, reduction="batchmean"
                     )
+                if rewritten is not None:
+                    apart = (vectors[: len(rows), 0] - rewritten[rows]) ** 2
+                    loss = loss + lever.rewrites * apart.sum(dim=1).mean()
                 step(loss)
                 advance(len(rows))
     return reader.eval(), time.perf_counter() - started
+
+
+def rewritten_queries(task: Task) -> torch.Tensor:
+    """Embeddings of the questions of train as people rewrote them, `[n, E]`; as they are where nobody did."""
+    texts = [str(one.extra.get("rewrite", one.query)) for one in task.dataset.splits["train"]]
+    vectors = task.encoder.encode([task.source.query_prefix + text for text in texts])
+    return torch.from_numpy(unit(vectors).astype(np.float32))
 
 
 def _loss(scores: torch.Tensor, right: Sequence[ndarray], even: bool) -> torch.Tensor:
@@ -358,6 +375,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     task, options = open_task(config, given.split), FineTuning(epochs=given.epochs)
     if task.data.judged.exclude is not None and any(map(len, task.data.judged.exclude)):
         raise DataError(f"{given.data}: excludes passages, which this study does not")
+    rewritten = any("rewrite" in example.extra for example in task.dataset.splits["train"])
+    no_rewrites = None if rewritten else "no example of train has a 'rewrite'"
     methods = [
         Method(
             name,
@@ -365,6 +384,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             {**options._asdict(), **lever._asdict()},
             seeded=True,
             ours=name != PLAIN,
+            lacking=no_rewrites if lever.rewrites else None,
         )
         for name, lever in LEVERS.items()
     ]
