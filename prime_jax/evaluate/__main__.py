@@ -82,6 +82,8 @@ def _print(values: Mapping[str, Any], out: Path) -> None:
     console = Console()
     console.print(table)
     console.print(values["headline"], highlight=False)
+    if advice := values.get("advice"):
+        console.print(advice, highlight=False)
     print(f"report: {out / 'report.html'}")
 
 

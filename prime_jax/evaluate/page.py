@@ -93,6 +93,7 @@ def page(
         f'<p class="headline">{headline}</p>',
         _table(*method_table(values), group=False),
         f'<p class="note">{escape(measured(values))}</p>',
+        *([f"<p>{escape(values['advice'])}</p>"] if values.get("advice") else []),
         f'<div class="figures">{figures}</div>' if figures else f'<p class="note">{escape(note)}</p>',
         "<h2>Is the difference real?</h2>",
         _table(*significance_table(values), group=True),

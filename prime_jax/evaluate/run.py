@@ -22,6 +22,7 @@ from prime_jax.data.records import Dataset, Example
 from prime_jax.data.store import holds_store
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.ablation import ablated
+from prime_jax.evaluate.advice import advice
 from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.reliability import Judged
@@ -101,8 +102,10 @@ def evaluate_run(
             judged=_judged(predictor, test, predicted),
             ablated=ablated(predictor, seen_by(predictor, test), seed) if ablation else None,
         )
+        told = any(example.context for example in dataset.splits["train"])
         facts = {
             "index": index,
+            "advice": advice(predictor.config, used, len(dataset.splits["train"]), turns=told),
             **steering_facts(predictor, steering),
             **_facts(predictor.info(), dataset, embedded, used),
         }

@@ -233,6 +233,7 @@ def facts_of(values: Mapping[str, Any]) -> list[tuple[str, str]]:
 def markdown(values: Mapping[str, Any], examples: Sequence[Example], note: str) -> str:
     """The report as Markdown."""
     parts = ["# Evaluation", values["headline"], _table(*method_table(values)), note, measured(values)]
+    parts += [values.get("advice", "")]
     parts += ["## Significance", _table(*significance_table(values))]
     if apart := novelty_table(values):
         parts += ["## Unseen and seen answers", _table(*apart), novelty_words(values)]

@@ -1,0 +1,39 @@
+"""Which predictor to train with the data at hand; the figures behind it are in docs/studies/text.md."""
+
+from prime_jax.config import Config
+from prime_jax.data.encode import Encoder
+from prime_jax.pretrained.bert import BertTextEncoder
+
+FEW = 100
+"""Fewer training examples than were measured; nothing is known of what they do for a text predictor."""
+
+
+def advice(config: Config | None, encoder: Encoder, examples: int, *, turns: bool) -> str:
+    """What else to train, "" where this is what there is.
+
+    Args:
+        config: Of the run that was measured.
+        encoder: Of its memory.
+        examples: In the train split.
+        turns: Whether the data has turns.
+    """
+    if config is None or config.steered:
+        return ""
+    if config.model.reads_text:
+        if examples >= FEW:
+            return ""
+        return (
+            f"{examples} training examples are fewer than any that a text predictor was measured with: "
+            "compare it with conversation_text and query before you use it."
+        )
+    if isinstance(encoder, BertTextEncoder) and examples >= FEW:
+        return (
+            f"The encoder of this memory can be trained here, and there are {examples:,} training examples: "
+            "configs/recommended.yaml, which reads the words, found more at every size that was measured."
+        )
+    if turns and not config.model.takes_one_text and config.data.context_from == "data":
+        return (
+            "With an encoder that can only be called, --model.conversation-input true gives the predictor "
+            "the conversation as one text, too, which found more where it was measured."
+        )
+    return ""
