@@ -33,8 +33,8 @@ class Blending:
         """The state as it predicts at that share of the way; 1 is as it was trained."""
         return replace(state, smoothed=_between(self._start, state.predicting, jnp.float32(share)))
 
-    def best(self, state: TrainState, score: Callable[[TrainState], float]) -> tuple[TrainState, float]:
-        """The state that predicts best, and its share.
+    def best(self, state: TrainState, score: Callable[[TrainState], float]) -> tuple[TrainState, str]:
+        """The state that predicts best, and in words where it lies.
 
         Args:
             state: As it was trained.
@@ -44,7 +44,7 @@ class Blending:
             self._score_of_start = score(self.at(state, 0.0))
         scores = {share: score(self.at(state, share)) for share in SHARES} | {0.0: self._score_of_start}
         share = max(scores, key=lambda share: scores[share])
-        return self.at(state, share), share
+        return self.at(state, share), f" at {share:g} of the way from the start"
 
 
 @jax.jit

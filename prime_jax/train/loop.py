@@ -4,8 +4,9 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,6 @@ from prime_jax.data.pipeline import TrainingBatches, steps_per_epoch
 from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.files import write_json, write_text
 from prime_jax.locks import Ownership
-from prime_jax.models.confidence import Confidence
 from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
@@ -25,16 +25,16 @@ from prime_jax.train.collective import any_process, barrier, is_main, say
 from prime_jax.train.hybrid import HybridRun
 from prime_jax.train.interrupt import interruptible
 from prime_jax.train.memory import explain_exhausted
-from prime_jax.train.monitor import History, Speed, Trace, not_finite, note, plot_curves
+from prime_jax.train.monitor import History, Speed, Trace, last_good, not_finite, note, plot_curves
 from prime_jax.train.optim import learning_rate
 from prime_jax.train.predicting import SplitPredictor
 from prime_jax.train.program import TrainingProgram
-from prime_jax.train.state import TrainState, build_graph
+from prime_jax.train.state import build_graph
 from prime_jax.train.steered_plots import plot_steering
 from prime_jax.train.step import Metrics
 from prime_jax.train.text_start import completed, packed_batches
 from prime_jax.train.trackers import open_trackers
-from prime_jax.train.validate import Scores, Validator
+from prime_jax.train.validate import Validated, Validator
 
 
 @dataclass(frozen=True)
@@ -85,22 +85,11 @@ def train(config: Config, out: Path, *, resume: bool = False, profile: bool = Fa
                 write_text(out / checkpoints.CONFIG, to_yaml(config))
             return run.run(profile=profile)
         except OSError as failed:
-            raise CheckpointError(f"{out}: cannot be written ({failed}); {_kept(out)}") from failed
+            raise CheckpointError(f"{out}: cannot be written ({failed}); {last_good(out)}") from failed
         except jax.errors.JaxRuntimeError as failed:
             if "RESOURCE_EXHAUSTED" not in str(failed):
                 raise
             raise explain_exhausted(failed, config) from failed
-
-
-class _Judged(NamedTuple):
-    """What a validation found (see `Validated`), and the state as it predicts; None if there was none."""
-
-    scores: Scores
-    confidence: Confidence | None
-    state: TrainState | None
-
-
-NOTHING = _Judged({}, None, None)
 
 
 class _Run:
@@ -226,7 +215,7 @@ class _Run:
                 if self.hybrid is not None and step == self.total_steps:
                     self._finish(self.hybrid, step)
                 validation_due = epoch_ends and self._validation_due(step)
-                found = self._validate(step) if validation_due else NOTHING
+                found = self._validate(step) if validation_due else Validated({}, None)
                 if validation_due or stop or self._save_due(step):
                     self._save(step, found)
                     self.speed.start()
@@ -252,7 +241,7 @@ class _Run:
         pending.append(done.metrics)
         if done.lost is not None:
             self._sound(step + 1, jax.device_get(pending))
-            raise PredictorError(f"{done.lost}; {_kept(self.out)}")
+            raise PredictorError(f"{done.lost}; {last_good(self.out)}")
         return done.step
 
     def _forget(self, step: int, before: int, pending: list[Metrics]) -> int:
@@ -340,25 +329,23 @@ class _Run:
         known = checkpoints.latest(self.out)
         if step > 1 and (known is None or known.step != step - 1):
             self.state = replace(self.state, halted=jnp.zeros_like(self.state.halted))
-            self._save(step - 1, NOTHING, watched=False)
+            self._save(step - 1, Validated({}, None), watched=False)
             self.saver.wait()
         raise PredictorError(
             f"{not_finite(metrics)}gradient norm {metrics['gradient_norm']} in step {step}: training "
-            f"stopped before that step could change anything; {_kept(self.out)}. Its batch: "
+            f"stopped before that step could change anything; {last_good(self.out)}. Its batch: "
             f"{', '.join(ids[:3])} and {len(ids) - 3} more, all in {file}. If the examples are sound, a "
             "lower train.learning-rate usually helps."
         )
 
-    def _validate(self, step: int) -> "_Judged":
-        """Score the state, or what predicts best between it and the start of the run."""
-        validate, settings = self.validate, self.config.train
+    def _validate(self, step: int) -> Validated:
+        validate = self.validate
         if self.texts is not None:
             validate = validate.over(self.texts.embedded(self.state))
-        state, blend = self.state, ""
+        state, blend, select_by = self.state, "", self.config.train.select_by
         if self.blending is not None:
-            state, share = self.blending.best(state, lambda one: validate.score(one, settings.select_by))
-            blend = f" at {share:g} of the way from the start"
-        found = _Judged(*validate(state), state)
+            state, blend = self.blending.best(state, partial(validate.score, select_by))
+        found = validate(state)
         scores = found.scores
         if not scores:  # another process has them
             return found
@@ -372,13 +359,10 @@ class _Run:
             f"{last['samples_per_second']:,.0f} examples/s"
         )
         if self.validate.collapsing(scores):
-            say(
-                f"predictions are collapsing: they spread in {scores['rank']:.0f} directions, the targets in "
-                f"{self.validate.target_rank:.0f}; a higher train.temperature or more negatives may help"
-            )
+            say(self.validate.warning(scores))
         return found
 
-    def _save(self, step: int, found: "_Judged", *, watched: bool = True) -> None:
+    def _save(self, step: int, found: Validated, *, watched: bool = True) -> None:
         if self.holding is not None:
             self.holding.check()
         facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
@@ -393,9 +377,8 @@ class _Run:
             if self.hybrid is not None:
                 facts["hybrid"] = self.hybrid.facts
                 hybrid = self.hybrid.saved() if watched else None
-            self.saver.save(
-                self.state, self.config, facts, self.mined, found.confidence, copied, hybrid, found.state
-            )
+            extras = (self.mined, found.confidence, copied, hybrid, found.state)
+            self.saver.save(self.state, self.config, facts, *extras)
             if self.texts is not None:
                 self.saver.wait()
         if is_main():
@@ -413,8 +396,3 @@ class _Run:
 
     def _epoch(self, step: int) -> float:
         return round(step / float(self.epoch_steps), 4)
-
-
-def _kept(run: Path) -> str:
-    newest = checkpoints.latest(run)
-    return f"the last good checkpoint is step {newest.step}" if newest else "no checkpoint was written yet"

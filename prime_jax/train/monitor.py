@@ -15,6 +15,7 @@ from prime_jax.config import Config
 from prime_jax.errors import CheckpointError
 from prime_jax.files import atomic_path, write_text
 from prime_jax.losses.jasper import COMPONENTS, ROUTING_COMPONENTS
+from prime_jax.train import checkpoints
 from prime_jax.train.flops import DType, flops_per_example, mfu
 
 Row = Mapping[str, Any]
@@ -168,6 +169,12 @@ def plot_curves(history: History, plain_query: Mapping[str, float], file: Path) 
     with atomic_path(file) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return True
+
+
+def last_good(run: Path) -> str:
+    """What a message says of where a run that ends here can go on."""
+    newest = checkpoints.latest(run)
+    return f"the last good checkpoint is step {newest.step}" if newest else "no checkpoint was written yet"
 
 
 def not_finite(metrics: Mapping[str, Any]) -> str:

@@ -38,15 +38,17 @@ Vectors = Float32[np.ndarray, "n E"]
 
 
 class Validated(NamedTuple):
-    """What a validation found; both empty in all processes but the first.
+    """What a validation found; scores and confidence are empty in all processes but the first.
 
     Attributes:
         scores: Mean ranking metrics of the predictions and their effective `rank`.
         confidence: How far predictions can be trusted, fitted on the split.
+        state: What was validated, None where nothing was.
     """
 
     scores: Scores
     confidence: Confidence | None
+    state: TrainState | None = None
 
 
 class Validator:
@@ -105,7 +107,7 @@ class Validator:
         steered = self._steered.predictions(state) if self._steered else {}
         head = None if state.target_head is None else everywhere(state.target_head, self._mesh)
         if not is_main():
-            return Validated({}, None)
+            return Validated({}, None, state)
         encoded, fallback = self._index(self._corpus), self._plain
         index = encoded
         if head is not None:  # what a guard falls back to is mapped as well
@@ -115,9 +117,9 @@ class Validator:
         metrics = self._measured(predicted, index)
         judged = self._steered.scores(steered, partial(self._ranks, encoded)) if self._steered else {}
         scores = {**self._means(metrics), **judged, "rank": effective_rank(predicted)}
-        return Validated(scores, self._confidence(predicted, trained, metrics, fallback))
+        return Validated(scores, self._confidence(predicted, trained, metrics, fallback), state)
 
-    def score(self, state: TrainState, name: str) -> float:
+    def score(self, name: str, state: TrainState) -> float:
         """One of the figures that `__call__` gives, in every process; MRR@10 where dev has no such figure."""
         scores = self._means(self._measured(self._predictor(state), self._index(self._corpus)))
         return scores.get(name, scores[SELECT_BY])
@@ -125,6 +127,13 @@ class Validator:
     def collapsing(self, scores: Scores) -> bool:
         """Whether predictions have much fewer directions than the targets."""
         return scores["rank"] < COLLAPSED * self.target_rank
+
+    def warning(self, scores: Scores) -> str:
+        """What to say where they are."""
+        return (
+            f"predictions are collapsing: they spread in {scores['rank']:.0f} directions, the targets in "
+            f"{self.target_rank:.0f}; a higher train.temperature or more negatives may help"
+        )
 
     def _confidence(
         self,
