@@ -16,7 +16,6 @@ each fold is written to the folder of --keep as its cells end, and the same comm
 """
 
 import argparse
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = options_of(__doc__)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--apart", metavar="KEY", help="whose values training and fold must not share")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="data and table of every fold")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="the table of every fold")
     in_command(parser, argv, _run)
 
 
@@ -150,13 +149,14 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
     train = dataset.splits["train"]
     tables, tasks = [], []
     with tempfile.TemporaryDirectory() as scratch:
-        place = given.keep or Path(scratch)
+        tables_in = given.keep or Path(scratch)
         for fold, (known, judged) in enumerate(cut(train, given.folds, given.apart)):
             say(f"fold {fold}: {known.sum()} records to train on, {judged.sum()} to judge")
-            folder = place / f"fold{fold}"
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = Path(scratch) / f"fold{fold}"
             fold_data(dataset, known, judged, folder)
-            table, task = filled(given, stored_in(place, words), folder, "test", place / f"fold{fold}.json")
+            table, task = filled(
+                given, stored_in(Path(scratch), words), folder, "test", tables_in / f"fold{fold}.json"
+            )
             tables.append(table)
             tasks.append(task)
     cells = pooled(tables)

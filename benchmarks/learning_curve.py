@@ -10,7 +10,6 @@ each size is written to the folder of --keep as its cells end, and the same comm
 """
 
 import argparse
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run what the tables lack, and draw the curves."""
     parser = options_of(__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100, 300, 1000, 3000], metavar="N")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="data and table of every size")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="the table of every size")
     in_command(parser, argv, _run)
 
 
@@ -92,13 +91,14 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
         raise DataError("--sizes: a part has one record or more")
     curves: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as scratch:
-        place = given.keep or Path(scratch)
+        tables_in = given.keep or Path(scratch)
         for size in sorted({min(size, len(train)) for size in given.sizes}):
-            part, folder = first_conversations(train, size), place / f"{size}"
+            part, folder = first_conversations(train, size), Path(scratch) / f"{size}"
             say(f"{part.sum():,} of {len(train):,} records")
-            shutil.rmtree(folder, ignore_errors=True)
             part_data(dataset, part, folder)
-            table, _ = filled(given, stored_in(place, words), folder, "dev", place / f"{size}.json")
+            table, _ = filled(
+                given, stored_in(Path(scratch), words), folder, "dev", tables_in / f"{size}.json"
+            )
             kept = ("queries", "unseen", "groups", "passages", "table", "ours", "against")
             curves.append({"records": int(part.sum()), **{name: table[name] for name in kept}})
             settings = {
