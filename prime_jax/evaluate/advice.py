@@ -8,14 +8,13 @@ FEW = 100
 """Fewer training examples than were measured; nothing is known of what they do for a text predictor."""
 
 
-def advice(config: Config | None, encoder: Encoder, examples: int, *, turns: bool) -> str:
+def advice(config: Config | None, encoder: Encoder, examples: int) -> str:
     """What else to train, "" where this is what there is.
 
     Args:
         config: Of the run that was measured.
         encoder: Of its memory.
         examples: In the train split.
-        turns: Whether the data has turns.
     """
     if config is None or config.steered:
         return ""
@@ -30,10 +29,5 @@ def advice(config: Config | None, encoder: Encoder, examples: int, *, turns: boo
         return (
             f"The encoder of this memory can be trained here, and there are {examples:,} training examples: "
             "configs/recommended.yaml, which reads the words, found more at every size that was measured."
-        )
-    if turns and not config.model.takes_one_text and config.data.context_from == "data":
-        return (
-            "With an encoder that can only be called, --model.conversation-input true gives the predictor "
-            "the conversation as one text, too, which found more where it was measured."
         )
     return ""

@@ -102,10 +102,9 @@ def evaluate_run(
             judged=_judged(predictor, test, predicted),
             ablated=ablated(predictor, seen_by(predictor, test), seed) if ablation else None,
         )
-        told = any(example.context for example in dataset.splits["train"])
         facts = {
             "index": index,
-            "advice": advice(predictor.config, used, len(dataset.splits["train"]), turns=told),
+            "advice": advice(predictor.config, used, len(dataset.splits["train"])),
             **steering_facts(predictor, steering),
             **_facts(predictor.info(), dataset, embedded, used),
         }

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import tiny_bert
 
-from prime_jax.config import Config, DataConfig
+from prime_jax.config import Config
 from prime_jax.data.encode import Encoder
 from prime_jax.evaluate.advice import advice
 from prime_jax.models.jasper import JasperConfig
@@ -33,26 +33,21 @@ FROZEN = Config(model=PredictorConfig(input_dim=32, output_dim=32, hidden_dim=12
 
 
 def test_words_are_read_where_the_encoder_can_be_trained(trainable: Encoder) -> None:
-    said = advice(FROZEN, trainable, 1309, turns=True)
+    said = advice(FROZEN, trainable, 1309)
     assert "1,309 training examples: configs/recommended.yaml" in said
-    assert "recommended" not in advice(FROZEN, trainable, 99, turns=True)
+    assert "recommended" not in advice(FROZEN, trainable, 99)
 
 
-def test_an_encoder_that_can_only_be_called_gives_one_more_vector() -> None:
-    assert "--model.conversation-input true" in advice(FROZEN, Called(), 1309, turns=True)
-    assert advice(FROZEN, Called(), 1309, turns=False) == ""  # nothing was said before
-    taking = FROZEN.model.model_copy(update={"conversation_input": True})
-    assert advice(FROZEN.model_copy(update={"model": taking}), Called(), 1309, turns=True) == ""
-    searched = FROZEN.model_copy(update={"data": DataConfig(context_from="search")})
-    assert advice(searched, Called(), 1309, turns=True) == ""
+def test_an_encoder_that_can_only_be_called_leaves_no_choice() -> None:
+    assert advice(FROZEN, Called(), 1309) == ""
 
 
 def test_a_text_predictor_of_few_examples_is_to_be_compared(trainable: Encoder) -> None:
     config = Config(model=TextConfig())
-    assert advice(config, trainable, 100, turns=True) == ""
-    assert "40 training examples are fewer than any" in advice(config, trainable, 40, turns=True)
+    assert advice(config, trainable, 100) == ""
+    assert "40 training examples are fewer than any" in advice(config, trainable, 40)
 
 
 def test_nothing_is_said_of_models_that_are_steered_or_unknown(trainable: Encoder) -> None:
-    assert advice(None, trainable, 1000, turns=True) == ""
-    assert advice(Config(model=JasperConfig()), trainable, 1000, turns=False) == ""
+    assert advice(None, trainable, 1000) == ""
+    assert advice(Config(model=JasperConfig()), trainable, 1000) == ""
