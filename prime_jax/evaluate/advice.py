@@ -4,7 +4,7 @@ from prime_jax.config import Config
 from prime_jax.data.encode import Encoder
 from prime_jax.pretrained.bert import BertTextEncoder
 
-FEW = 100
+FEW = 150
 """Fewer training examples than were measured; nothing is known of what they do for a text predictor."""
 
 

@@ -35,7 +35,7 @@ FROZEN = Config(model=PredictorConfig(input_dim=32, output_dim=32, hidden_dim=12
 def test_words_are_read_where_the_encoder_can_be_trained(trainable: Encoder) -> None:
     said = advice(FROZEN, trainable, 1309)
     assert "1,309 training examples: configs/recommended.yaml" in said
-    assert "recommended" not in advice(FROZEN, trainable, 99)
+    assert "recommended" not in advice(FROZEN, trainable, 149)
 
 
 def test_an_encoder_that_can_only_be_called_leaves_no_choice() -> None:
@@ -44,7 +44,7 @@ def test_an_encoder_that_can_only_be_called_leaves_no_choice() -> None:
 
 def test_a_text_predictor_of_few_examples_is_to_be_compared(trainable: Encoder) -> None:
     config = Config(model=TextConfig())
-    assert advice(config, trainable, 100) == ""
+    assert advice(config, trainable, 150) == ""
     assert "40 training examples are fewer than any" in advice(config, trainable, 40)
 
 
