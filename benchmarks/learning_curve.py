@@ -55,7 +55,7 @@ def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
     everything = [row["mean"] for curve in curves for row in curve["table"].values()]
     metrics = [name for name in SHOWN if all(name in means for means in everything)]
     figure, axes = plt.subplots(
-        1, len(metrics), figsize=(5.5 * len(metrics), 4), layout="constrained", squeeze=False
+        1, len(metrics), figsize=(2.5 + 5 * len(metrics), 4), layout="constrained", squeeze=False
     )
     sizes = [curve["records"] for curve in curves]
     for axis, metric in zip(axes[0], metrics, strict=True):
@@ -70,7 +70,7 @@ def plot(curves: Sequence[Mapping[str, Any]], file: Path) -> None:
         axis.set_xticks(sizes, [f"{size:,}" for size in sizes], minor=False)
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=8)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     with atomic_path(file) as temporary:
         figure.savefig(temporary, format="png", dpi=150)
     plt.close(figure)
