@@ -25,7 +25,7 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.common import facts
-from benchmarks.rivals import PACKAGES, conclusion, filled, in_command, options_of, say, show
+from benchmarks.rivals import PACKAGES, conclusion, filled, in_command, options_of, say, show, stored_in
 from benchmarks.rivals_methods import Task
 from benchmarks.study import Opened
 from prime_jax.data.records import Dataset, Example, load_dataset, write_dataset
@@ -77,12 +77,6 @@ def fold_data(dataset: Dataset, known: ndarray, judged: ndarray, out: Path) -> N
         "test": tuple(test.values()),
     }
     write_dataset(out, Dataset(dataset.corpus, splits))
-
-
-def stored_in(place: Path, words: Sequence[str]) -> list[str]:
-    """Settings with one store of embeddings for all data folders, unless they name one."""
-    named = any("data.store" in word for word in words)
-    return [*words, *([] if named else [f"--data.store={place / 'embeddings'}"])]
 
 
 def together(cells: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -19,8 +19,7 @@ import numpy as np
 from numpy import ndarray
 
 from benchmarks.common import facts
-from benchmarks.folds import stored_in
-from benchmarks.rivals import PACKAGES, filled, in_command, options_of, say
+from benchmarks.rivals import PACKAGES, filled, in_command, options_of, say, stored_in
 from prime_jax.data.records import Dataset, Example, load_dataset, write_dataset
 from prime_jax.errors import DataError
 from prime_jax.evaluate.run import conversations

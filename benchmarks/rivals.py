@@ -210,6 +210,12 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
     show(result)
 
 
+def stored_in(place: Path, words: Sequence[str]) -> list[str]:
+    """Settings with one store of embeddings for all data folders, unless they name one."""
+    named = any("data.store" in word for word in words)
+    return [*words, *([] if named else [f"--data.store={place / 'embeddings'}"])]
+
+
 def filled(
     given: argparse.Namespace, words: Sequence[str], folder: Path, split: str, out: Path
 ) -> tuple[dict[str, Any], Task]:

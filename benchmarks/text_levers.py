@@ -45,6 +45,7 @@ from prime_jax.evaluate.arrays import mean_turn
 from prime_jax.evaluate.baselines import mean_reciprocal_rank
 from prime_jax.files import read_json, write_json
 from prime_jax.locks import exclusive
+from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.progress import progress
 from prime_jax.retrieval.metrics import DEPTH
 from prime_jax.retrieval.vectors import unit
@@ -139,7 +140,7 @@ def train_reader(task: Task, lever: Lever, options: FineTuning, seed: int) -> tu
     reader, corpus = Reader(task, lever), _corpus(task)
     examples, positives = task.dataset.splits["train"], task.data.splits["train"].positives
     frozen = frozen_inputs(task, "train") if lever.both_inputs else None
-    passages = [task.source.passage_prefix + passage.text for passage in task.dataset.corpus]
+    passages = [passage.text for passage in task.dataset.corpus]
     teacher = teaching(task, options, seed) if lever.distilled else None
     rewritten = rewritten_queries(task) if lever.rewrites else None
     started = time.perf_counter()
@@ -160,7 +161,7 @@ def train_reader(task: Task, lever: Lever, options: FineTuning, seed: int) -> tu
                     words = passages[passage].split()
                     share = max(2, int(len(words) * rng.uniform(0.4, 0.8)))
                     left = np.sort(rng.permutation(len(words))[:share])
-                    texts.append(" ".join(words[at] for at in left))
+                    texts.append(task.source.query_prefix + " ".join(words[at] for at in left))
                     right.append(np.array([passage]))
                 given = None if frozen is None else frozen[rows]
                 vectors = reader(texts, options.tokens, given)
@@ -217,7 +218,7 @@ def _stepper(model: torch.nn.Module, options: FineTuning, steps: int) -> Any:
         for group in optimizer.param_groups:
             group["lr"] = options.learning_rate * rate
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         done += 1
@@ -225,7 +226,7 @@ def _stepper(model: torch.nn.Module, options: FineTuning, steps: int) -> Any:
     return step
 
 
-def found_by(task: Task, reader: Reader, options: FineTuning, split: str, depth: int) -> ndarray:
+def rankings(task: Task, reader: Reader, options: FineTuning, split: str, depth: int) -> ndarray:
     """Corpus rows of each query of a split, best first, `[Q, depth]`; nothing is left out."""
     texts, corpus = task.conversations(split), _corpus(task)
     frozen = frozen_inputs(task, split) if hasattr(reader, "map") else None
@@ -241,13 +242,13 @@ def found_by(task: Task, reader: Reader, options: FineTuning, split: str, depth:
 def run_lever(task: Task, lever: Lever, options: FineTuning, seed: int) -> Cell:
     """The cell of one row."""
     reader, seconds = train_reader(task, lever, options, seed)
-    on_dev = found_by(task, reader, options, "dev", DEPTH)
+    on_dev = rankings(task, reader, options, "dev", DEPTH)
     size = FLOAT32 * sum(weight.numel() for weight in reader.parameters()) / 1e6
     about = {"dev_MRR@10": _mrr(on_dev, task)}
-    return Cell(found_by(task, reader, options, task.split, DEPTH), seconds, False, None, None, size, about)
+    return Cell(rankings(task, reader, options, task.split, DEPTH), seconds, False, None, None, size, about)
 
 
-class Judge(torch.nn.Module):
+class CrossEncoder(torch.nn.Module):
     """The cross-encoder: scores of pairs of a conversation and a passage, `[B]`."""
 
     def __init__(self, task: Task):
@@ -278,15 +279,15 @@ def candidates_of(task: Task, split: str) -> ndarray:
     return np.argsort(-vectors @ unit(corpus).T, axis=1)[:, :CANDIDATES]
 
 
-def train_judge(task: Task, options: FineTuning, seed: int) -> Judge:
+def train_cross_encoder(task: Task, options: FineTuning, seed: int) -> CrossEncoder:
     """Train the cross-encoder: a right answer among wrong candidates, softmax over the eight."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    judge, texts = Judge(task), task.conversations("train")
+    model, texts = CrossEncoder(task), task.conversations("train")
     passages = [task.source.passage_prefix + passage.text for passage in task.dataset.corpus]
     found, positives = candidates_of(task, "train"), task.data.splits["train"].positives
     rows_of_step, epochs = 8, 2
-    step = _stepper(judge, options._replace(learning_rate=1e-4), -(-len(texts) // rows_of_step) * epochs)
+    step = _stepper(model, options._replace(learning_rate=1e-4), -(-len(texts) // rows_of_step) * epochs)
     with progress("cross-encoder", len(texts) * epochs, "examples") as advance:
         for _ in range(epochs):
             order = rng.permutation(len(texts))
@@ -297,21 +298,21 @@ def train_judge(task: Task, options: FineTuning, seed: int) -> Judge:
                     wrong = rng.permutation(np.setdiff1d(found[row], positives[row]))[:NEGATIVES]
                     shown = [rng.choice(positives[row]), *wrong]
                     pairs += [(texts[row], passages[passage]) for passage in shown]
-                scores = judge(*zip(*pairs, strict=True)).reshape(len(rows), NEGATIVES + 1)
+                scores = model(*zip(*pairs, strict=True)).reshape(len(rows), NEGATIVES + 1)
                 first = torch.zeros(len(rows), dtype=torch.long)
                 step(torch.nn.functional.cross_entropy(scores, first))
                 advance(len(rows))
-    return judge.eval()
+    return model.eval()
 
 
-def judged(task: Task, judge: Judge, split: str, rows: ndarray) -> torch.Tensor:
+def cross_scores(task: Task, model: CrossEncoder, split: str, rows: ndarray) -> torch.Tensor:
     """The cross-encoder's scores of some passages for each query of a split, `[Q, k]`."""
     texts = task.conversations(split)
     passages = [task.source.passage_prefix + passage.text for passage in task.dataset.corpus]
     scores = []
     with torch.no_grad(), progress("cross-encoder, scores", len(texts), "conversations") as advance:
         for text, shown in zip(texts, rows, strict=True):
-            scores.append(judge([text] * len(shown), [passages[passage] for passage in shown]))
+            scores.append(model([text] * len(shown), [passages[passage] for passage in shown]))
             advance(1)
     return torch.stack(scores)
 
@@ -319,23 +320,38 @@ def judged(task: Task, judge: Judge, split: str, rows: ndarray) -> torch.Tensor:
 def teaching(task: Task, options: FineTuning, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Candidates of each training example, and what the cross-encoder says of them."""
     rows = candidates_of(task, "train")
-    return torch.from_numpy(rows), judged(task, train_judge(task, options, seed), "train", rows)
+    return torch.from_numpy(rows), cross_scores(task, train_cross_encoder(task, options, seed), "train", rows)
 
 
 def run_cross_encoder(task: Task, options: FineTuning, seed: int) -> Cell:
     """The first passages of the plain row, ranked anew by the cross-encoder."""
     started = time.perf_counter()
     reader, _ = train_reader(task, LEVERS[PLAIN], options, seed)
-    judge = train_judge(task, options, seed)
+    model = train_cross_encoder(task, options, seed)
     seconds = time.perf_counter() - started
 
     def ranked(split: str) -> ndarray:
-        first = found_by(task, reader, options, split, RERANKED)
-        order = judged(task, judge, split, first).argsort(dim=1, descending=True).numpy()
+        first = rankings(task, reader, options, split, RERANKED)
+        order = cross_scores(task, model, split, first).argsort(dim=1, descending=True).numpy()
         return np.take_along_axis(first, order, axis=1)[:, :DEPTH]
 
     about = {"dev_MRR@10": _mrr(ranked("dev"), task)}
     return Cell(ranked(task.split), seconds, False, None, None, None, about)
+
+
+def check(task: Task) -> None:
+    """Refuse what these rows would get wrong without a word.
+
+    Raises:
+        DataError: If the data has exclusions or scopes, or the encoder is code or does not take means.
+    """
+    if not isinstance(task.encoder, BertTextEncoder) or task.encoder.pooling != "mean":
+        raise DataError(f"{task.encoder.identity}: these rows train a model folder whose pooling is the mean")
+    for name in ("dev", task.split):
+        split = task.data.splits[name]
+        excluded = split.exclude is not None and any(map(len, split.exclude))
+        if excluded or (split.scope is not None and np.any(split.scope >= 0)):
+            raise DataError(f"{name}: has exclusions or scopes, and these rows search everything")
 
 
 def _mrr(found: ndarray, task: Task) -> float:
@@ -373,8 +389,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     given, words = parser.parse_known_args(argv)
     config = read_config(CONFIGS / "text.yaml", [f"--data.path={given.data}", *words])
     task, options = open_task(config, given.split), FineTuning(epochs=given.epochs)
-    if task.data.judged.exclude is not None and any(map(len, task.data.judged.exclude)):
-        raise DataError(f"{given.data}: excludes passages, which this study does not")
+    check(task)
     rewritten = any("rewrite" in example.extra for example in task.dataset.splits["train"])
     no_rewrites = None if rewritten else "no example of train has a 'rewrite'"
     methods = [

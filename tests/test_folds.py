@@ -6,19 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bert import HIDDEN, WORDS, tensors, write_folder
+from test_rivals import CONFIG
+from tiny_bert import WORDS, tensors, write_folder
 
 from benchmarks import folds
 from prime_jax.data.records import Dataset, Example, Passage, write_dataset
 from prime_jax.errors import DataError
-
-SMALL = f"""
-model: {{input_dim: {HIDDEN}, output_dim: {HIDDEN}, hidden_dim: 128, num_layers: 1, num_heads: 4,
-  max_context_length: 2, use_torch_compile: false}}
-mesh: {{data: 1}}
-train: {{batch_size: 8, num_epochs: 1, warmup_steps: 1, gradient_checkpointing: false, mixed_precision: false,
-  positives: all, negatives: corpus}}
-"""
 
 
 def example(row: int, entities: tuple[str, ...] = ()) -> Example:
@@ -77,7 +70,7 @@ def data(tmp_path: Path) -> Path:
 
 def test_all_folds_make_one_table_and_the_choice_among_ours_is_a_row(data: Path, tmp_path: Path) -> None:
     for name in ("small", "other"):
-        (tmp_path / f"{name}.yaml").write_text(SMALL)
+        (tmp_path / f"{name}.yaml").write_text(CONFIG)
     encoder, out = write_folder(tmp_path / "encoder", tensors()), tmp_path / "folds.json"
     command = [
         *("--data", str(data), "--out", str(out), "--keep", str(tmp_path / "kept"), "--folds", "2"),

@@ -5,17 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bert import HIDDEN, WORDS, tensors, write_folder
+from test_rivals import CONFIG
+from tiny_bert import WORDS, tensors, write_folder
 
 from benchmarks import learning_curve
 from prime_jax.data.records import Dataset, Example, Passage, write_dataset
-
-SMALL = f"""
-model: {{input_dim: {HIDDEN}, output_dim: {HIDDEN}, hidden_dim: 128, num_layers: 1, num_heads: 4,
-  max_context_length: 2, use_torch_compile: false}}
-mesh: {{data: 1}}
-train: {{batch_size: 8, num_epochs: 1, gradient_checkpointing: false, mixed_precision: false}}
-"""
 
 
 def conversations(count: int) -> tuple[Example, ...]:
@@ -42,7 +36,7 @@ def test_every_size_has_its_figures_and_the_curves_are_drawn(tmp_path: Path) -> 
     corpus = tuple(Passage(f"p{row}", " ".join(random.choice(WORDS, 5))) for row in range(20))
     dev = tuple(Example(f"d{row}", (), " ".join(random.choice(WORDS, 3)), (f"p{row}",)) for row in range(8))
     write_dataset(data, Dataset(corpus, {"train": conversations(32), "dev": dev}))
-    (tmp_path / "small.yaml").write_text(SMALL)
+    (tmp_path / "small.yaml").write_text(CONFIG)
     encoder, out = write_folder(tmp_path / "encoder", tensors()), tmp_path / "curve.json"
     command = [
         *("--data", str(data), "--out", str(out), "--keep", str(tmp_path / "kept"), "--sizes", "16", "99"),
