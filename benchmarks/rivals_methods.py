@@ -22,7 +22,6 @@ from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import (
     Baseline,
     last_turn_concat,
-    mean_reciprocal_rank,
     query,
     recency_mix,
     tune,
@@ -35,7 +34,7 @@ from prime_jax.predict.text import encoder_of
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.pair import PairedEncoder
 from prime_jax.pretrained.weights import weight_files
-from prime_jax.retrieval.metrics import DEPTH
+from prime_jax.retrieval.metrics import DEPTH, mean_reciprocal_rank
 from prime_jax.retrieval.vectors import unit
 
 TOKENS = 96

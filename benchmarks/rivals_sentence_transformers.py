@@ -31,9 +31,9 @@ from sentence_transformers.sentence_transformer.losses import MultipleNegativesR
 from transformers import PrinterCallback, TrainerCallback
 
 from benchmarks.rivals_methods import FLOAT32, Cell, FineTuning, Task, milliseconds
-from prime_jax.evaluate.baselines import mean_reciprocal_rank
 from prime_jax.files import user_path
 from prime_jax.progress import progress
+from prime_jax.retrieval.metrics import mean_reciprocal_rank
 
 
 class CorpusSoftmaxLoss(torch.nn.Module):

@@ -42,12 +42,11 @@ from benchmarks.rivals_methods import FLOAT32, Cell, FineTuning, Method, Task, o
 from prime_jax.config import read_config
 from prime_jax.errors import DataError
 from prime_jax.evaluate.arrays import mean_turn
-from prime_jax.evaluate.baselines import mean_reciprocal_rank
 from prime_jax.files import read_json, write_json
 from prime_jax.locks import exclusive
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.progress import progress
-from prime_jax.retrieval.metrics import DEPTH
+from prime_jax.retrieval.metrics import DEPTH, mean_reciprocal_rank
 from prime_jax.retrieval.vectors import unit
 
 PLAIN = "as_it_is"

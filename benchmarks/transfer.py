@@ -5,7 +5,8 @@
 
 Every set is a name, its data folder and settings of its own. The figures are those of dev. The set that a
 model was trained on fitted its guard and its confidence, so its own confidence is judged on five folds of
-whole conversations, each left out of the fit.
+whole conversations, each left out of the fit. Served answers are compared with the query and with what the
+guard goes back to: the mix of query and turns that was tuned where the model was trained.
 """
 
 import argparse
@@ -62,23 +63,33 @@ def judged(run: Path, home: str, sets: Mapping[str, Opened], plain: Mapping[str,
     predictor = load(run, precision="float32")
     confidence = predictor.confidence
     assert confidence is not None
-    row: dict[str, Any] = {"strength": float(confidence.strength[0]), "on": {}}
+    row: dict[str, Any] = {
+        "strength": float(confidence.strength[0]),
+        "fallback": confidence.fallback_mix._asdict(),
+        "on": {},
+    }
     for name, data in sets.items():
         dev = data.splits["dev"]
         predicted = predictor.predict(dev.context, dev.query, dev.mask)
         trust = confidence.trust(dev.query)
-        raw, served = (
-            measured(vectors, data) for vectors in (predicted, mix(predicted, unit(dev.query), trust))
+        fallback = confidence.fallback_mix(dev.context, dev.mask, dev.query)
+        raw, served, fallen_back = (
+            measured(vectors, data) for vectors in (predicted, mix(predicted, fallback, trust), fallback)
         )
-        against = {
-            metric: compare(served[metric], plain[name][metric], seed=0, groups=data.groups)._asdict()
-            for metric in METRICS
-        }
+
+        def against(other: Figures, served: Figures = served, data: Opened = data) -> dict[str, Any]:
+            return {
+                metric: compare(served[metric], other[metric], seed=0, groups=data.groups)._asdict()
+                for metric in METRICS
+            }
+
         row["on"][name] = {
             "query": means(plain[name]),
             "predicted": means(raw),
             "guarded": means(served),
-            "guarded_against_query": against,
+            "fallback": means(fallen_back),
+            "guarded_against_query": against(plain[name]),
+            "guarded_against_fallback": against(fallen_back),
             "trust": float(trust.mean()),
         }
         if name == home and len(np.unique(data.groups)) >= FOLDS:
@@ -100,10 +111,11 @@ def judged(run: Path, home: str, sets: Mapping[str, Opened], plain: Mapping[str,
 
 
 def told(metric: str, row: Mapping[str, Any]) -> str:
-    """Query, prediction and guarded prediction, and what the guarded one is worth."""
-    query, raw, served = (row[name][metric] for name in ("query", "predicted", "guarded"))
-    change = f" ({served / query - 1:+.1%})" if query else ""
-    return f"{metric}: query {query:.3f} predicted {raw:.3f} guarded {served:.3f}{change}"
+    """Query, fallback, prediction and guarded prediction, and what the guarded one is worth."""
+    names = ("query", "fallback", "predicted", "guarded")
+    best, served = max(row["query"][metric], row["fallback"][metric]), row["guarded"][metric]
+    change = f" ({served / best - 1:+.1%})" if best else ""
+    return f"{metric}: " + " ".join(f"{name} {row[name][metric]:.3f}" for name in names) + change
 
 
 def main(argv: Sequence[str] | None = None) -> None:

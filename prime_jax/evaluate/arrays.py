@@ -8,8 +8,8 @@ from jaxtyping import Bool, Float32, Int64, Shaped
 from numpy import ndarray
 
 from prime_jax.retrieval.indexes import Index
+from prime_jax.retrieval.mix import real_turns
 from prime_jax.retrieval.topk import Rows, search
-from prime_jax.retrieval.vectors import unit
 
 
 class Corpus(NamedTuple):
@@ -70,19 +70,8 @@ def retrieve(
     )
 
 
-def real_turns(split: Split) -> Float32[ndarray, "Q N D"]:
-    """Unit-norm turns, zero where there is none."""
-    return unit(np.where(split.mask[..., None], split.context, 0))
-
-
 def mean_turn(split: Split) -> Float32[ndarray, "Q D"]:
     """Mean of the unit-norm turns, zero where there is none."""
     count = np.maximum(split.mask.sum(axis=1), 1)[:, None].astype(np.float32)
-    mean: Float32[ndarray, "Q D"] = real_turns(split).sum(axis=1) / count
+    mean: Float32[ndarray, "Q D"] = real_turns(split.context, split.mask).sum(axis=1) / count
     return mean
-
-
-def ages(split: Split) -> Int64[ndarray, "Q N"]:
-    """How many real turns came after each turn: 0 for the last one, wherever the padding stands."""
-    age: Int64[ndarray, "Q N"] = np.cumsum(split.mask[:, ::-1], axis=1)[:, ::-1] - split.mask
-    return age

@@ -10,18 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int64
 from numpy import ndarray
 
 from prime_jax.errors import DataError
-from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, real_turns, retrieve
-from prime_jax.retrieval.metrics import DEPTH, first_rank
+from prime_jax.evaluate.arrays import Corpus, Split, mean_turn, retrieve
+from prime_jax.retrieval.metrics import DEPTH
+from prime_jax.retrieval.mix import MIXES, RecencyMix, mixing
+from prime_jax.retrieval.tuning import best_setting
 from prime_jax.retrieval.vectors import unit
 
 Settings = dict[str, float | int | bool]
-_ROWS_PER_SEARCH = (
-    65_536  # query vectors of a grid searched at once; bounds memory to about 100 MB at E = 384
-)
 
 
 class Baseline(NamedTuple):
@@ -41,29 +39,15 @@ class Baseline(NamedTuple):
 
 def tune(baseline: Baseline, dev: Split, corpus: Corpus) -> tuple[Settings, float]:
     """The setting of the grid with the largest MRR@10 on dev, and that MRR@10."""
-    build = baseline.prepare(dev)
-    at_once = max(1, _ROWS_PER_SEARCH // max(1, len(dev.query)))
-    scores: list[float] = []
-    for start in range(0, len(baseline.grid), at_once):
-        grid = baseline.grid[start : start + at_once]
-        copies = len(grid)
+
+    def search(vectors: ndarray, copies: int) -> ndarray:
         tiled = dev._replace(
             exclude=None if dev.exclude is None else list(dev.exclude) * copies,
             scope=None if dev.scope is None else np.tile(dev.scope, copies),
         )
-        found = retrieve(np.concatenate([build(settings) for settings in grid]), tiled, corpus, DEPTH)[1]
-        scores += mean_reciprocal_rank(found.reshape(copies, -1, DEPTH), dev.positives).tolist()
-    best = int(np.argmax(np.round(scores, 12)))
-    return baseline.grid[best], scores[best]
+        return retrieve(vectors, tiled, corpus, DEPTH)[1]
 
-
-def mean_reciprocal_rank(
-    indices: Int64[ndarray, "G Q k"], positives: Sequence[ndarray]
-) -> Float[ndarray, " G"]:
-    """MRR@k of each of several searches of one split (with k = 10 the mean of `ranking_metrics`' MRR@10)."""
-    rank = first_rank(indices, positives)
-    reciprocal: Float[ndarray, " G"] = np.where(rank > 0, 1 / np.maximum(rank, 1), 0.0).mean(axis=-1)
-    return reciprocal
+    return best_setting(baseline.grid, baseline.prepare(dev), search, dev.positives)
 
 
 def query() -> Baseline:
@@ -84,21 +68,12 @@ def mean_context() -> Baseline:
 
 def recency_mix() -> Baseline:
     """Query + weight * sum of decay^age * turn, where the last turn has age 0."""
-    weights, decays = (0.05, 0.1, 0.2, 0.3, 0.45, 0.6, 0.8, 1.0, 1.5, 2.5), (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
-    grid: list[Settings] = [{"weight": 0.0, "decay": 0.0}]
-    grid += [{"weight": weight, "decay": decay} for decay, weight in itertools.product(decays, weights)]
 
     def prepare(split: Split) -> Callable[[Settings], ndarray]:
-        base, turns = unit(split.query), real_turns(split)
-        age = ages(split)
+        mixed = mixing(split.context, split.mask, split.query)
+        return lambda settings: mixed(RecencyMix(settings["weight"], settings["decay"]))
 
-        def build(settings: Settings) -> ndarray:
-            weight = np.float32(settings["weight"]) * np.float32(settings["decay"]) ** age.astype(np.float32)
-            return unit(base + np.einsum("qn,qnd->qd", weight, turns))
-
-        return build
-
-    return Baseline("recency_mix", grid, prepare)
+    return Baseline("recency_mix", [mix._asdict() for mix in MIXES], prepare)
 
 
 def conversation_text() -> Baseline:

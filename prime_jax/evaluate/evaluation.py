@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Shaped
@@ -80,8 +81,8 @@ class Evaluation:
         novelty: Queries with unseen and with seen right answers apart; None where all are of one kind.
         gauges: Hubness of rankings and effective rank of vectors (`prime_jax.evaluate.gauges.gauges`).
         reliability: How good the confidence is; None where the model carries none.
-        guard: Mean of each of `COMPARED` for the predictions behind the guard, and their mean `trust`; None
-            where there is no guard.
+        guard: Mean of each of `COMPARED` for the predictions behind the guard, their mean `trust`, and
+            `fallback`, what it goes back to in words; None where there is no guard.
         ablation: Mean of each of `COMPARED` with a part of the model taken away, by part; empty where that
             was not asked for.
     """
@@ -97,7 +98,7 @@ class Evaluation:
     novelty: Novelty | None
     gauges: Mapping[str, Mapping[str, float]]
     reliability: Reliability | None = None
-    guard: Mapping[str, float] | None = None
+    guard: Mapping[str, Any] | None = None
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
@@ -222,7 +223,11 @@ def evaluate_methods(
         else reliability(judged.confidence, ours.metrics, methods["query"].metrics, COMPARED, seed=seed),
         guard=None
         if judged is None or judged.guarded is None
-        else {**means(judged.guarded), "trust": float(judged.trust.mean())},
+        else {
+            **means(judged.guarded),
+            "trust": float(judged.trust.mean()),
+            "fallback": judged.fallback,
+        },
         ablation={part: means(vectors) for part, vectors in (ablated or {}).items()},
     )
 

@@ -6,8 +6,9 @@ import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
 
-from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn, real_turns
+from prime_jax.evaluate.arrays import Corpus, Split, mean_turn
 from prime_jax.evaluate.baselines import Baseline, Settings
+from prime_jax.retrieval.mix import ages, real_turns
 from prime_jax.retrieval.vectors import unit
 
 _PENALTIES = (1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # much shrinkage is simpler
@@ -22,8 +23,8 @@ def ridge_context(train: Split, corpus: Corpus) -> Baseline:
     """A linear map of query, mean turn and last turn: the inputs the model has, without its layers."""
 
     def features(split: Split) -> ndarray:
-        is_last = split.mask & (ages(split) == 0)
-        last = (real_turns(split) * is_last[..., None]).sum(axis=1)
+        is_last = split.mask & (ages(split.mask) == 0)
+        last = (real_turns(split.context, split.mask) * is_last[..., None]).sum(axis=1)
         return np.concatenate([unit(split.query), mean_turn(split), last], axis=1)
 
     return _linear("ridge_context", features, train, corpus)

@@ -26,11 +26,13 @@ class Judged(NamedTuple):
         confidence: Probability of a right passage among the first five, `[Q]`.
         guarded: The predictions behind the guard, `[Q, E]`; None where there can be none.
         trust: How much of each prediction is in `guarded`, `[Q]`.
+        fallback: What the guard goes back to, in words.
     """
 
     confidence: Float32[ndarray, " Q"]
     guarded: Float32[ndarray, "Q E"] | None
     trust: Float32[ndarray, " Q"]
+    fallback: str = "the query"
 
 
 class Reliability(NamedTuple):

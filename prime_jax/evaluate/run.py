@@ -147,7 +147,8 @@ def _judged(predictor: Predictor, test: Split, predicted: np.ndarray) -> Judged 
     request = Request(seen.context, seen.query, seen.mask, single=False)
     found = predictor.judge(request, predicted, guard=guard)
     assert found.confidence is not None
-    return Judged(found.confidence, found.embedding if guard else None, found.trust)
+    guarded = found.embedding if guard else None
+    return Judged(found.confidence, guarded, found.trust, str(predictor.confidence.fallback_mix))
 
 
 class OpenedData(NamedTuple):

@@ -161,9 +161,9 @@ def confidence_words(values: Mapping[str, Any]) -> list[str]:
     ]
     if guard := values["guard"]:
         told.append(
-            "Behind the guard, which goes back to the query where that is unlike the questions of training, "
-            f"MRR@10 is {guard['MRR@10']:.3f} and P@5 {guard['P@5']:.3f}; on average it lets "
-            f"{guard['trust']:.0%} of a prediction through."
+            f"Behind the guard, which goes back to {guard.get('fallback', 'the query')} where the query is "
+            f"unlike those of training, MRR@10 is {guard['MRR@10']:.3f} and P@5 {guard['P@5']:.3f}; on "
+            f"average it lets {guard['trust']:.0%} of a prediction through."
         )
     return told
 

@@ -3,10 +3,11 @@
 Two questions, answered apart. *Will a right passage be among the first five?* A logistic model of a few
 cosines, fitted on the validation split (`prime_jax.train.calibration`), gives the probability. *Is this a
 question of the kind that training saw?* A query far from all centres of the training queries is not; there
-the guard goes back to the query itself, because a predictor out of its domain does harm.
+the guard goes back to what needs no training, because a predictor out of its domain does harm: to the query,
+or to a mix of query and turns where that was better on the validation split.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy import ndarray
 from prime_jax.errors import CheckpointError
 from prime_jax.files import write_bytes
 from prime_jax.models.bundle import read_tensors
+from prime_jax.retrieval.mix import PLAIN_QUERY, RecencyMix
 from prime_jax.retrieval.vectors import unit
 
 FILE = "confidence.safetensors"
@@ -40,8 +42,11 @@ class Confidence:
         query_centres: Unit-norm centres of the training queries, `[K, D]`.
         answer_centres: Unit-norm centres of the predictions for them, `[L, E]`.
         ramp: Cosines with the nearest query centre: nothing is trusted below the first, all above the second.
-        strength: 1 where validation shows that predictions beat the plain query, otherwise 0, `[1]`.
+        strength: 1 where validation shows that predictions beat what the guard goes back to, otherwise 0,
+            `[1]`.
         max_turns: N of the model, `[1]`.
+        fallback: Weight and decay of the mix that the guard goes back to (`RecencyMix`), `[2]`; weight 0 is
+            the query itself.
     """
 
     weights: Float[ndarray, " F"]
@@ -55,6 +60,12 @@ class Confidence:
     ramp: Float[ndarray, "2"]
     strength: Float[ndarray, "1"]
     max_turns: Float[ndarray, "1"]
+    fallback: Float[ndarray, "2"] = field(default_factory=lambda: np.asarray(PLAIN_QUERY, np.float32))
+
+    @property
+    def fallback_mix(self) -> RecencyMix:
+        """What the guard goes back to."""
+        return RecencyMix(float(self.fallback[0]), float(self.fallback[1]))
 
     def probability(
         self,
@@ -86,7 +97,7 @@ class Confidence:
 
     def tensors(self) -> dict[str, ndarray]:
         """Everything as named arrays, for a file."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 def write_confidence(folder: Path, confidence: Confidence) -> None:
@@ -111,6 +122,8 @@ def read_confidence(folder: Path, input_dim: int, output_dim: int) -> Confidence
     if not path.is_file():
         return None
     tensors, shapes = read_tensors(path), _shapes(input_dim, output_dim)
+    if "fallback" not in tensors:  # of an earlier release: its guard goes back to the query
+        del shapes["fallback"]
     if tensors.keys() != shapes.keys():
         raise CheckpointError(f"{path}: holds {sorted(tensors)}, expected {sorted(shapes)}")
     for name, shape in shapes.items():
@@ -123,7 +136,13 @@ def read_confidence(folder: Path, input_dim: int, output_dim: int) -> Confidence
                 f"{path}: {name} must hold finite float32 numbers for this model, found "
                 f"{given.dtype} of shape {given.shape}"
             )
-    return Confidence(**tensors)
+    found = Confidence(**tensors)
+    if found.fallback_mix.weight < 0 or not 0 <= found.fallback_mix.decay <= 1:
+        raise CheckpointError(
+            f"{path}: fallback holds {found.fallback.tolist()}, expected a weight of 0 or more and a decay "
+            "from 0 to 1"
+        )
+    return found
 
 
 def _shapes(input_dim: int, output_dim: int) -> dict[str, tuple[int | None, ...]]:
@@ -135,6 +154,7 @@ def _shapes(input_dim: int, output_dim: int) -> dict[str, tuple[int | None, ...]
         "query_centres": (None, input_dim),
         "answer_centres": (None, output_dim),
         "ramp": (2,),
+        "fallback": (2,),
     }
 
 

@@ -9,7 +9,6 @@ from prime_jax.errors import PredictorError
 from prime_jax.models import AnyConfig
 from prime_jax.models.confidence import Confidence, mix
 from prime_jax.predict.inputs import Request, Vectors
-from prime_jax.retrieval.vectors import unit
 
 
 class Answer(NamedTuple):
@@ -19,8 +18,8 @@ class Answer(NamedTuple):
         embedding: What to search with, unit norm, `[B, E]`.
         confidence: Probability that a right passage is among the first five that the prediction finds, `[B]`;
             None where the checkpoint carries no calibration.
-        trust: How much of the prediction is in `embedding`, from 0 (the query alone) to 1, `[B]`; 1 without a
-            guard.
+        trust: How much of the prediction is in `embedding`, from 0 (the query alone, or its mix with turns
+            where that was better) to 1, `[B]`; 1 without a guard.
     """
 
     embedding: np.ndarray
@@ -45,7 +44,8 @@ def judge(
         confidence: What the checkpoint carries; a guard needs it.
         request: What was asked.
         predicted: The predictions, `[B, E]`.
-        guard_with: Maps queries to where the memory lies (`Predictor.map_memory`); None for no guard.
+        guard_with: Maps what the guard goes back to to where the memory lies (`Predictor.map_memory`); None
+            for no guard.
     """
     context, query, mask, _ = request
     everything = np.ones(len(query), np.float32)
@@ -55,7 +55,8 @@ def judge(
     if guard_with is None:
         return Answer(predicted, sure, everything)
     trust = confidence.trust(query)
-    return Answer(mix(predicted, guard_with(unit(query)), trust), sure, trust)
+    fallback = confidence.fallback_mix(context, mask, query)
+    return Answer(mix(predicted, guard_with(fallback), trust), sure, trust)
 
 
 def check_guard(config: AnyConfig, confidence: Confidence | None) -> None:

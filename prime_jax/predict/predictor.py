@@ -214,7 +214,8 @@ class Predictor:
             context: As for `predict`.
             query: As for `predict`.
             context_mask: As for `predict`.
-            guard: Go back to the query where it is unlike those of training (`Confidence.trust`).
+            guard: Go back to the query, or its mix with the turns, where it is unlike those of training
+                (`Confidence`).
 
         Raises:
             PredictorError: As `predict`; or with a guard, if the model has none.

@@ -83,3 +83,12 @@ def first_rank(indices: Int64[ndarray, "*G Q k"], positives: Sequence[ndarray]) 
     """Rank (from 1) of the first positive in each ranking, 0 where there is none; more axes may lead."""
     hits = is_positive(indices, positives)
     return np.where(hits.any(axis=-1), hits.argmax(axis=-1) + 1, 0)
+
+
+def mean_reciprocal_rank(
+    indices: Int64[ndarray, "G Q k"], positives: Sequence[ndarray]
+) -> Float64[ndarray, " G"]:
+    """MRR@k of each of several searches of one split (with k = 10 the mean of `ranking_metrics`' MRR@10)."""
+    rank = first_rank(indices, positives)
+    reciprocal: Float64[ndarray, " G"] = np.where(rank > 0, 1 / np.maximum(rank, 1), 0.0).mean(axis=-1)
+    return reciprocal

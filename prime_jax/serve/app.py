@@ -68,8 +68,9 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     used = not (guard and predictor.confidence is not None and predictor.confidence.strength[0] == 0)
     if not used:
         _LOG.warning(
-            "validation did not show that these predictions beat the plain query, so the guard serves the "
-            "plain query always; --guard off serves predictions"
+            "validation did not show that these predictions beat %s, so the guard always serves that; "
+            "--guard off serves predictions",
+            predictor.confidence and predictor.confidence.fallback_mix,
         )
     metrics = Metrics()
     batcher = predictor.batcher(

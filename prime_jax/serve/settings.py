@@ -36,7 +36,8 @@ class ServeSettings(BaseSettings):
         default="auto", description="auto measures at start which is faster"
     )
     guard: Literal["auto", "on", "off"] = Field(
-        default="auto", description="go back to the query for foreign ones; auto: where calibrated"
+        default="auto",
+        description="go back to the query (or its mix with turns) for foreign ones; auto: where calibrated",
     )
     max_delay_ms: float = Field(default=2.0, ge=0, description="how long a request waits for company")
     max_queue: int = Field(default=1024, ge=1, description="most waiting requests; more get 503")

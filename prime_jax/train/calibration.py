@@ -3,7 +3,7 @@
 The probability is a logistic regression of few features, fitted on whether dev queries found a right passage
 among their first five; its ridge is the one under which conversations left out are foretold best. The guard's
 ramp comes from how near dev queries lie to the centres of the training queries; the guard only ever lets
-predictions through when dev shows that they beat the plain query (one-sided test of the reciprocal rank,
+predictions through when dev shows that they beat what it goes back to (one-sided test of the reciprocal rank,
 whole conversations as units, p < 0.01).
 """
 
@@ -18,6 +18,7 @@ from scipy.special import expit
 from scipy.stats import ttest_1samp
 
 from prime_jax.models.confidence import Confidence, Vectors, features, nearest
+from prime_jax.retrieval.mix import PLAIN_QUERY, RecencyMix
 from prime_jax.retrieval.vectors import unit
 
 CENTRES = 64
@@ -59,6 +60,7 @@ def fit(
     groups: Shaped[ndarray, " B"] | None = None,
     query_centres: Float[ndarray, "K D"],
     answer_centres: Float[ndarray, "L E"],
+    fallback: RecencyMix = PLAIN_QUERY,
 ) -> Confidence:
     """Fit a judgement of predictions on validation queries.
 
@@ -72,6 +74,7 @@ def fit(
         groups: Labels of queries that depend on each other, such as those of one conversation.
         query_centres: Of training queries (`centres_of`).
         answer_centres: Of the predictions for them.
+        fallback: What the guard falls back to.
     """
     max_turns = max(1, mask.shape[1])
     values = features(context, mask, query, predicted, query_centres, answer_centres, max_turns).astype(
@@ -95,6 +98,7 @@ def fit(
         ramp=np.asarray([min(low, high - 1e-3), high], np.float32),
         strength=np.asarray([_surely_positive(gain, groups)], np.float32),
         max_turns=np.asarray([max_turns], np.float32),
+        fallback=np.asarray(fallback, np.float32),
     )
 
 

@@ -15,9 +15,10 @@ from prime_jax.models.confidence import Confidence
 from prime_jax.nn.target_head import map_memory
 from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.metrics import first_rank, ranking_metrics
+from prime_jax.retrieval.mix import MIXES, PLAIN_QUERY, RecencyMix, mixing
 from prime_jax.retrieval.novelty import unseen
 from prime_jax.retrieval.topk import ExactIndex, Rows
-from prime_jax.retrieval.vectors import unit
+from prime_jax.retrieval.tuning import best_setting
 from prime_jax.train import calibration
 from prime_jax.train.checkpoints import SELECT_BY
 from prime_jax.train.collective import is_main
@@ -28,6 +29,7 @@ from prime_jax.train.steered_judge import SteeredJudge
 
 DEPTH = 10
 UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train, where dev has both kinds
+TUNED_ON = 2048  # queries that a mix is chosen on
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
 FAMILIAR = 2048  # training examples that a confidence knows the kind of
@@ -56,6 +58,7 @@ class Validator:
 
     Attributes:
         plain_query: The figures of a search with the query itself.
+        fallback: The mix of query and turns that searches best, or the query: what a guard goes back to.
         target_rank: Effective rank of the split's targets (see `effective_rank`).
     """
 
@@ -85,20 +88,22 @@ class Validator:
         turns = self._split.context_rows if given else self._split.context_rows[:, :0]
         asked = np.concatenate([turns, self._split.query_rows[:, None]], axis=1)
         self._groups = linked([row[row >= 0].tolist() for row in asked])
-        self._plain = self._measured(data.store[self._split.query_rows], self._index(self._corpus))
-        self.plain_query = self._means(self._plain)
+        index = self._index(self._corpus)
+        self.plain_query = self._means(self._measured(data.store[self._split.query_rows], index))
+        self.fallback = PLAIN_QUERY if steering else self._tuned_mix(index)
+        self._fallen_back = self._measured(self._mixed(), index)
         self.target_rank = effective_rank(self._corpus[[ids[0] for ids in self._split.positives]])
 
     def over(self, data: EmbeddedDataset) -> "Validator":
         """The same split of the same data in other embeddings, by the programs that are compiled already.
 
-        `plain_query` and `target_rank` stay those of the first embeddings.
+        `plain_query`, `fallback` and `target_rank` stay those of the first embeddings.
         """
         other = copy.copy(self)
         other._predictor, other._predict_train = self._predictor.over(data), self._predict_train.over(data)
         other._data, other._split, other._corpus = data, data.splits[self._name], data.corpus()
         other._query_centres = calibration.centres_of(data.store[data.splits["train"].query_rows[self._few]])
-        other._plain = other._measured(data.store[other._split.query_rows], other._index(other._corpus))
+        other._fallen_back = other._measured(other._mixed(), other._index(other._corpus))
         return other
 
     def __call__(self, state: TrainState) -> Validated:
@@ -108,12 +113,11 @@ class Validator:
         head = None if state.target_head is None else everywhere(state.target_head, self._mesh)
         if not is_main():
             return Validated({}, None, state)
-        encoded, fallback = self._index(self._corpus), self._plain
+        encoded, fallback = self._index(self._corpus), self._fallen_back
         index = encoded
         if head is not None:  # what a guard falls back to is mapped as well
             index = self._index(map_memory(head, self._corpus))
-            query = unit(self._data.store[self._split.query_rows])
-            fallback = self._measured(map_memory(head, query), index)
+            fallback = self._measured(map_memory(head, self._mixed()), index)
         metrics = self._measured(predicted, index)
         judged = self._steered.scores(steered, partial(self._ranks, encoded)) if self._steered else {}
         scores = {**self._means(metrics), **judged, "rank": effective_rank(predicted)}
@@ -153,7 +157,27 @@ class Validator:
             groups=self._groups,
             query_centres=self._query_centres,
             answer_centres=calibration.centres_of(trained),
+            fallback=self.fallback,
         )
+
+    def _tuned_mix(self, index: ExactIndex) -> RecencyMix:
+        """The best mix of query and turns on some of the split's queries."""
+        if not np.any(self._split.context_rows >= 0):
+            return PLAIN_QUERY
+        rows = np.random.default_rng(0).permutation(len(self._split))[:TUNED_ON]
+        context, mask, query = (array[rows] for array in self._split.arrays(self._data.store))
+        exclude = [self._split.exclude[row] for row in rows]
+
+        def search(vectors: Vectors, copies: int) -> Int64[np.ndarray, "n depth"]:
+            scope = np.tile(self._split.scope[rows], copies)
+            return index.search(vectors, DEPTH, exclude=exclude * copies, query_scope=scope)[1]
+
+        positives = [self._split.positives[row] for row in rows]
+        return best_setting(MIXES, mixing(context, mask, query), search, positives)[0]
+
+    def _mixed(self) -> Vectors:
+        """What a guard goes back to for each query."""
+        return self.fallback(*self._split.arrays(self._data.store))
 
     def _index(self, corpus: Rows) -> ExactIndex:
         """The corpus to be searched, on the device for one validation: training needs that memory."""

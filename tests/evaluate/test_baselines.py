@@ -4,9 +4,10 @@ from sklearn.linear_model import Ridge
 
 from prime_jax.errors import DataError
 from prime_jax.evaluate import baselines, linear
-from prime_jax.evaluate.arrays import Corpus, Split, ages, mean_turn
+from prime_jax.evaluate.arrays import Corpus, Split, mean_turn
 from prime_jax.evaluate.evaluation import baselines as every_baseline
 from prime_jax.retrieval.metrics import ranking_metrics
+from prime_jax.retrieval.mix import ages
 from prime_jax.retrieval.vectors import unit
 
 EAST, NORTH, UP = np.eye(3, dtype=np.float32)
@@ -50,9 +51,9 @@ def test_turns_may_be_padded_on_either_side():
     left = SPLIT._replace(
         context=np.roll(SPLIT.context, 1, axis=1), mask=np.array([[True, True], [False, False]])
     )
-    assert ages(left)[0].tolist() == [1, 0]
+    assert ages(left.mask)[0].tolist() == [1, 0]
     one = SPLIT._replace(mask=np.array([[False, True], [True, False]]), context=np.tile(NORTH, (2, 2, 1)))
-    assert (ages(one)[0, 1], ages(one)[1, 0]) == (0, 0)
+    assert (ages(one.mask)[0, 1], ages(one.mask)[1, 0]) == (0, 0)
     np.testing.assert_array_equal(mean_turn(one), [NORTH, NORTH])
 
 
@@ -149,7 +150,9 @@ def test_the_tuning_score_is_the_metric_of_the_report(monkeypatch: pytest.Monkey
     corpus = Corpus(unit(rng.normal(size=(60, 3))))
     dev = split(list(unit(rng.normal(size=(9, 3)))), [[NORTH]] * 9, range(9))
     settings, mrr = baselines.tune(baselines.mean_context(), dev, corpus)
-    monkeypatch.setattr(baselines, "_ROWS_PER_SEARCH", 20)  # two settings at a time change nothing
+    monkeypatch.setattr(
+        "prime_jax.retrieval.tuning._ROWS_PER_SEARCH", 20
+    )  # two settings at a time change nothing
     assert baselines.tune(baselines.mean_context(), dev, corpus) == (settings, mrr)
     found = baselines.retrieve(vectors(baselines.mean_context(), dev, **settings), dev, corpus, 10)[1]
     assert mrr == pytest.approx(ranking_metrics(found, dev.positives)["MRR@10"].mean(), abs=1e-12)

@@ -5,10 +5,10 @@ import pytest
 
 from prime_jax.errors import DataError
 from prime_jax.evaluate.arrays import Corpus, Split
-from prime_jax.evaluate.baselines import mean_reciprocal_rank
 from prime_jax.evaluate.evaluation import COMPARED, Evaluation, evaluate_methods
 from prime_jax.evaluate.significance import compare
 from prime_jax.evaluate.words import headline, p_words
+from prime_jax.retrieval.metrics import mean_reciprocal_rank
 from prime_jax.retrieval.vectors import unit
 
 

@@ -26,6 +26,7 @@ from prime_jax.export.__main__ import main
 from prime_jax.export.signing import sign, verify_signature
 from prime_jax.files import read_json
 from prime_jax.manifest import write_manifest
+from prime_jax.predict.predictor import load
 from prime_jax.train import loop
 
 SETTINGS = [
@@ -45,6 +46,16 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     loop.train(config, folder / "run")
     evaluate_run(folder / "run", folder / "data", "test", folder / "run" / "report", encoder="fakes:encoder")
     return folder / "run"
+
+
+def test_the_guard_goes_back_to_the_mix_that_the_report_tunes_on_dev(run: Path) -> None:
+    report = read_json(run / "report" / "report.json")
+    confidence = load(run, precision="float32", encoder="fakes:encoder").confidence
+    assert confidence is not None
+    tuned = report["settings"]["recency_mix"]
+    assert confidence.fallback_mix == pytest.approx((tuned["weight"], tuned["decay"]))
+    assert confidence.fallback_mix.weight > 0
+    assert report["guard"]["fallback"] == str(confidence.fallback_mix)
 
 
 @pytest.fixture(scope="module")

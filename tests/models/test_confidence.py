@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from prime_jax.errors import CheckpointError
 from prime_jax.models.confidence import (
@@ -16,6 +17,7 @@ from prime_jax.models.confidence import (
     read_confidence,
     write_confidence,
 )
+from prime_jax.retrieval.mix import PLAIN_QUERY
 
 CENTRES = np.eye(3, dtype=np.float32)[:2]
 COUNT = len(FEATURES)
@@ -124,6 +126,8 @@ def test_is_read_as_it_was_written(tmp_path: Path) -> None:
         ({"bias": np.zeros(1)}, "found float64"),
         ({"query_centres": np.zeros((2, 5), np.float32)}, r"shape \(2, 5\)"),
         ({"query_centres": np.zeros((0, 3), np.float32)}, r"shape \(0, 3\)"),
+        ({"fallback": np.float32([-1, 0.5])}, "fallback holds"),
+        ({"fallback": np.float32([1, 2])}, "fallback holds"),
     ],
 )
 @pytest.mark.usefixtures("as_users_run_it")
@@ -133,6 +137,15 @@ def test_files_that_do_not_fit_are_refused(
     write_confidence(tmp_path, made(**fields))
     with pytest.raises(CheckpointError, match=message):
         read_confidence(tmp_path, 3, 3)
+
+
+def test_a_file_of_an_earlier_release_goes_back_to_the_query(tmp_path: Path) -> None:
+    tensors = made(fallback=np.float32([1, 0.5])).tensors()
+    del tensors["fallback"]
+    save_file(tensors, tmp_path / FILE)
+    found = read_confidence(tmp_path, 3, 3)
+    assert found is not None
+    assert found.fallback_mix == PLAIN_QUERY
 
 
 def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:

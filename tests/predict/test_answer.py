@@ -1,5 +1,6 @@
 """Answers: the prediction, how likely it is right, and the way back to the query."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -35,6 +36,24 @@ def test_typical_queries_get_the_prediction_and_foreign_ones_themselves(predicto
     )
     assert answer.confidence is not None
     assert ((answer.confidence > 0) & (answer.confidence < 1)).all()
+
+
+def test_foreign_queries_get_their_mix_with_the_turns_where_that_was_better_on_dev() -> None:
+    model = make(residual="copy", use_torch_compile=False)
+    fallback = np.float32([0.5, 0.25])
+    confidence = replace(calibrated(model), fallback=fallback)
+    predictor = Predictor(model, precision="float32", confidence=confidence)
+    context, query, mask = conversations(20)
+    foreign = np.roll(query, D // 2, axis=1)
+    answer = predictor.answer(context, foreign, mask)
+    assert not answer.trust.any()
+    for row in range(20):
+        expected = foreign[row] / np.linalg.norm(foreign[row])
+        for age, turn in enumerate(context[row][mask[row]][::-1]):
+            expected = expected + 0.5 * 0.25**age * turn / np.linalg.norm(turn)
+        np.testing.assert_allclose(
+            answer.embedding[row], expected / np.linalg.norm(expected), rtol=0, atol=1e-6
+        )
 
 
 def test_without_a_guard_it_is_the_prediction(predictor: Predictor) -> None:

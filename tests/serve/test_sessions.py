@@ -74,7 +74,7 @@ def test_predictions_that_are_never_used_are_told_of(serve: Serve, caplog: pytes
     model = make(residual="copy", use_torch_compile=False)
     with serve(Predictor(model, confidence=calibrated(model, gain=-1))) as served:
         assert served.client.get("/health").json()["predictions_used"] is False
-    assert "serves the plain query always" in caplog.text
+    assert "beat the query, so the guard always serves that" in caplog.text
 
 
 def test_the_guard_can_be_turned_off_but_not_on_without_a_calibration(
