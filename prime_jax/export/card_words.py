@@ -5,6 +5,7 @@ from typing import Any
 
 from prime_jax.export.interface import Words
 from prime_jax.models.jasper import SteeredConfig
+from prime_jax.models.mix import MixConfig
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.subspace import SubspaceConfig
 from prime_jax.models.text import TextConfig
@@ -43,12 +44,19 @@ _EXPLAINED_USAGE = (
 )
 
 
-def prime_words(config: PredictorConfig, facts: Mapping[str, Any]) -> Words:
-    """Of the default model."""
+def words_of_turns(config: PredictorConfig | MixConfig, facts: Mapping[str, Any]) -> Words:
+    """Of the models that take the embeddings of turns and query."""
     N = config.max_context_length
+    if isinstance(config, MixConfig):
+        turns = "their mean is" if config.average else "they are"
+        settings = f"no layers: turns are weighted by their age, {turns} added to the query"
+        settings += "" if config.linear == "none" else f"; linear map of the {config.linear}"
+        settings += "" if config.keep_query else " alone, to which nothing is added"
+    else:
+        settings = f"residual `{config.residual}`, context attention `{config.context_attention}`"
     return Words(
         given="the embeddings of the past turns and of the current query",
-        settings=f"residual `{config.residual}`, context attention `{config.context_attention}`",
+        settings=settings,
         explanation="",
         encoder=_embeddings_from(facts, "Queries and turns"),
         usage=f"""```python

@@ -107,6 +107,7 @@ def _as_config(config: Config | None, where: str) -> AnyConfig:
 _COMPUTED_BY = (
     *("kind", "num_heads", "context_attention", "residual", "max_delta", "max_context_length"),
     *("routing", "fine_input", "block", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_scaling"),
+    *("average", "linear", "keep_query"),
     *("encoder", "pooling", "separator_id", "separate_turns", "roles", "max_tokens", "lower_case"),
 )
 

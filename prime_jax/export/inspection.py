@@ -167,6 +167,9 @@ def _shape(model: Mapping[str, Any]) -> str:
             f"{encoder['hidden_size']}, E {model['output_dim']}, reads {model['max_tokens']} tokens, "
             f"N {model['max_context_length']}, pooling {model['pooling']}"
         )
+    if model["kind"] == "mix":
+        linear = "no linear map" if model["linear"] == "none" else f"linear map of the {model['linear']}"
+        return f"mix of query and up to {model['max_context_length']} turns, {linear}, {ends}"
     words = f"{model['kind']}, stacks of {model['num_layers']} blocks of {model['hidden_dim']}, {ends}"
     if "num_subspaces" in model:
         words += f", {model['num_subspaces']} subspaces, routing {model['routing']}"

@@ -5,6 +5,12 @@ from collections.abc import Sequence
 
 from prime_jax.export.interface import JOINED
 
+READING = (
+    *("FORMATS", "_DTYPES", "PredictorError", "CheckpointError"),
+    *("verify", "read_safetensors", "_read_json", "_with_weights"),
+)
+"""What of torch_runtime.py opens a bundle of any kind."""
+
 
 def joined(source: str, sister: str, names: Sequence[str]) -> str:
     """A module with what it imports of its sister written out.
@@ -23,11 +29,12 @@ def joined(source: str, sister: str, names: Sequence[str]) -> str:
     named = {_name(node): node for node in nodes}
     chosen = sorted((named[name] for name in names), key=lambda node: node.lineno)
     used = {part.id for node in chosen for part in ast.walk(node) if isinstance(part, ast.Name)}
+    there = {alias.name for node in ast.parse(head).body for alias in getattr(node, "names", ())}
     imports = [
-        line
+        ast.unparse(type(node)(**{**vars(node), "names": wanted}))
         for node in nodes
-        if isinstance(node, ast.Import) and node.names[0].name in used
-        if (line := ast.unparse(node)) not in head
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        if (wanted := [alias for alias in node.names if alias.name in used - there])
     ]
     taken = [str(ast.get_source_segment(sister, node)) for node in chosen]
     return head.rstrip() + "\n" + "\n".join(imports) + "\n\n\n" + "\n\n\n".join(taken) + "\n" + rest

@@ -13,22 +13,12 @@ from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Split
 from prime_jax.export.card_words import text_words
 from prime_jax.export.interface import Arrays, Company, Interface, Tensor, Words, source_of
-from prime_jax.export.joining import joined
+from prime_jax.export.joining import READING, joined
 from prime_jax.models import Model
 from prime_jax.models.text import TextConfig, TextPredictor
 from prime_jax.pretrained.tokenizer import read_tokenizer
 
 SEED = 0
-SHARED = (
-    "FORMATS",
-    "_DTYPES",
-    "PredictorError",
-    "CheckpointError",
-    "verify",
-    "read_safetensors",
-    "_read_json",
-    "_with_weights",
-)
 
 
 class TextInterface(Interface):
@@ -65,7 +55,7 @@ class TextInterface(Interface):
 
     def torch_source(self) -> str:
         """torch_text.py, with what it imports of torch_runtime.py written out."""
-        return joined(source_of("torch_text.py"), source_of("torch_runtime.py"), SHARED)
+        return joined(source_of("torch_text.py"), source_of("torch_runtime.py"), READING)
 
     def golden_inputs(self) -> Arrays:
         """Sequences of 0 to N turns, as far as they fit, the last as long as there may be.

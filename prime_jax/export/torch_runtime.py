@@ -191,7 +191,7 @@ class EmbeddingPredictor(nn.Module):
         Raises:
             PredictorError: If a shape or dtype does not fit.
         """
-        self._check(context, query, context_mask)
+        check_inputs(self.config, context, query, context_mask)
         if context_mask is None:
             context_mask = torch.ones(context.shape[:2], dtype=torch.bool, device=context.device)
         dtype = self.pred_token.dtype
@@ -290,27 +290,33 @@ class EmbeddingPredictor(nn.Module):
         norm: Tensor = torch.linalg.vector_norm(delta, dim=-1, keepdim=True)
         return delta * (self.config.max_delta * norm.clamp(min=1e-12).reciprocal()).clamp(max=1.0)
 
-    def _check(self, context: Tensor, query: Tensor, context_mask: Tensor | None) -> None:
-        config, turns, asked = self.config, tuple(context.shape), tuple(query.shape)
-        if context.ndim != 3 or query.ndim != 2:
-            raise PredictorError(f"context, query must have shape [B, N, D], [B, D], got {turns}, {asked}")
-        if not (context.is_floating_point() and query.is_floating_point()):
-            raise PredictorError(
-                f"context is {context.dtype} and query {query.dtype}, expected floating-point embeddings"
-            )
-        if turns[2] != config.input_dim:
-            raise PredictorError(f"context has dimension {turns[2]}, the model takes {config.input_dim}")
-        if asked != (turns[0], config.input_dim):
-            raise PredictorError(
-                f"query has shape {asked}, expected ({turns[0]}, {config.input_dim}) to go with the context"
-            )
-        if turns[1] > (most := config.max_context_length):
-            raise PredictorError(f"{turns[1]} turns, the model takes at most {most}; pass the newest ones")
-        if context_mask is None:
-            return
-        if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:
-            found = f"{context_mask.dtype} {tuple(context_mask.shape)}"
-            raise PredictorError(f"context_mask is {found}, expected torch.bool {turns[:2]}")
+
+def check_inputs(config: Any, context: Tensor, query: Tensor, context_mask: Tensor | None) -> None:
+    """Refuse embeddings whose shape or dtype a model of this config does not take.
+
+    Raises:
+        PredictorError: If one does not fit.
+    """
+    turns, asked = tuple(context.shape), tuple(query.shape)
+    if context.ndim != 3 or query.ndim != 2:
+        raise PredictorError(f"context, query must have shape [B, N, D], [B, D], got {turns}, {asked}")
+    if not (context.is_floating_point() and query.is_floating_point()):
+        raise PredictorError(
+            f"context is {context.dtype} and query {query.dtype}, expected floating-point embeddings"
+        )
+    if turns[2] != config.input_dim:
+        raise PredictorError(f"context has dimension {turns[2]}, the model takes {config.input_dim}")
+    if asked != (turns[0], config.input_dim):
+        raise PredictorError(
+            f"query has shape {asked}, expected ({turns[0]}, {config.input_dim}) to go with the context"
+        )
+    if turns[1] > (most := config.max_context_length):
+        raise PredictorError(f"{turns[1]} turns, the model takes at most {most}; pass the newest ones")
+    if context_mask is None:
+        return
+    if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:
+        found = f"{context_mask.dtype} {tuple(context_mask.shape)}"
+        raise PredictorError(f"context_mask is {found}, expected torch.bool {turns[:2]}")
 
 
 def _positions(context_mask: Tensor) -> Tensor:

@@ -6,17 +6,18 @@ from typing import Annotated, Any
 from pydantic import Discriminator, Tag, TypeAdapter
 
 from prime_jax.models.jasper import JasperConfig, JasperPredictor
+from prime_jax.models.mix import MixConfig, MixPredictor
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
 from prime_jax.models.text import TextConfig, TextPredictor
 
-EmbeddingConfig = PredictorConfig | JasperConfig | SubspaceConfig
+EmbeddingConfig = PredictorConfig | JasperConfig | SubspaceConfig | MixConfig
 AnyConfig = EmbeddingConfig | TextConfig
-MODELS: tuple[type[AnyConfig], ...] = (PredictorConfig, JasperConfig, SubspaceConfig, TextConfig)
+MODELS: tuple[type[AnyConfig], ...] = (PredictorConfig, JasperConfig, SubspaceConfig, TextConfig, MixConfig)
 KINDS: dict[str, type[AnyConfig]] = {kind.model_fields["kind"].default: kind for kind in MODELS}
 DEFAULT_KIND = "prime"
 
-EmbeddingModel = EmbeddingPredictor | JasperPredictor | DecomposedJasperPredictor
+EmbeddingModel = EmbeddingPredictor | JasperPredictor | DecomposedJasperPredictor | MixPredictor
 Model = EmbeddingModel | TextPredictor
 
 
@@ -43,6 +44,7 @@ ModelConfig = Annotated[
     Annotated[PredictorConfig, Tag("prime")]
     | Annotated[JasperConfig, Tag("jasper")]
     | Annotated[SubspaceConfig, Tag("subspace")]
-    | Annotated[TextConfig, Tag("text")],
+    | Annotated[TextConfig, Tag("text")]
+    | Annotated[MixConfig, Tag("mix")],
     Discriminator(kind_of),
 ]

@@ -16,7 +16,7 @@ def embeddings_of(batch: Batch) -> tuple[Any, ...]:
 class ServedConfig(Frozen):
     """The part of every model's configuration that says how it starts and how it is compiled."""
 
-    kind: str = Field(default="prime", description="prime, jasper, subspace or text")
+    kind: str = Field(default="prime", description="prime, jasper, subspace, text or mix")
     checkpoint_path: str | None = Field(
         default=None, description="run folder or bundle whose weights training starts from"
     )

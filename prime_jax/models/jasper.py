@@ -105,7 +105,7 @@ class SteeredModel(nnx.Module):
 class JasperConfig(SteeredConfig):
     """Shape and behaviour of a `JasperPredictor` (JASPER plan, task 1; docs/jasper.md)."""
 
-    kind: Literal["jasper"] = Field(default="jasper", description="prime, jasper, subspace or text")
+    kind: Literal["jasper"] = Field(default="jasper", description="prime, jasper, subspace, text or mix")
 
     def build(self, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> "JasperPredictor":
         """Make the model this config describes, with fresh weights."""

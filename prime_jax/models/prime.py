@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
-from prime_jax.errors import PredictorError
 from prime_jax.models.base import ServedConfig
+from prime_jax.models.inputs import check_inputs
 from prime_jax.models.layers import InitFrom, check_block, llama_shape
 from prime_jax.models.residual import capped, mixed_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
@@ -28,7 +28,7 @@ COPY_WEIGHT, COPY_DECAY = 0.5, 0.7  # the recency mix that the copy path starts 
 class PredictorConfig(ServedConfig):
     """Shape and behaviour of an `EmbeddingPredictor` (spec section 8; docs/model.md)."""
 
-    kind: Literal["prime"] = Field(default="prime", description="prime, jasper, subspace or text")
+    kind: Literal["prime"] = Field(default="prime", description="prime, jasper, subspace, text or mix")
     input_dim: int = Field(default=1024, ge=1, description="dimension D of the turn and query embeddings")
     hidden_dim: int = Field(default=2048, ge=128, description="width H of the transformer")
     output_dim: int = Field(default=1024, ge=1, description="dimension E of the predicted embedding")
@@ -180,7 +180,8 @@ class EmbeddingPredictor(nnx.Module):
         Raises:
             PredictorError: If a shape does not fit the config.
         """
-        self._check(context, query, context_mask)
+        config = self.config
+        check_inputs(context, query, context_mask, dim=config.input_dim, most=config.max_context_length)
         if context_mask is None:
             context_mask = jnp.ones(context.shape[:2], bool)
         context = jnp.where(context_mask[..., None], context.astype(jnp.float32), 0.0)
@@ -251,30 +252,6 @@ class EmbeddingPredictor(nnx.Module):
         given = dropout(jnp.concatenate([query, mix], axis=1), self.config.dropout, key)
         added: Float[Array, "B E"] = self.linear_map(given)
         return added
-
-    def _check(self, context: Any, query: Any, context_mask: Any) -> None:
-        """Shapes only, so that it costs nothing under jit."""
-        config = self.config
-        if context.ndim != 3 or query.ndim != 2:
-            raise PredictorError(
-                f"context must have shape [B, N, D] and query [B, D], got {context.shape} and {query.shape}"
-            )
-        if context.shape[2] != config.input_dim:
-            raise PredictorError(
-                f"context has dimension {context.shape[2]}, the model takes {config.input_dim}"
-            )
-        if query.shape != (context.shape[0], config.input_dim):
-            raise PredictorError(
-                f"query has shape {query.shape}, expected ({context.shape[0]}, {config.input_dim}) "
-                "to go with the context"
-            )
-        if context.shape[1] > config.max_context_length:
-            raise PredictorError(
-                f"context has {context.shape[1]} turns, the model takes at most {config.max_context_length}; "
-                "pass the newest ones"
-            )
-        if context_mask is not None and context_mask.shape != context.shape[:2]:
-            raise PredictorError(f"context_mask has shape {context_mask.shape}, expected {context.shape[:2]}")
 
 
 def _block(config: PredictorConfig, dtype: DTypeLike, rngs: nnx.Rngs) -> Block:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 @jax.named_scope("mixed_turns")
@@ -20,9 +20,14 @@ def mixed_turns(
         age_logits: By how many real turns came after, 0 for the newest, `[max_context_length]`.
         content_logits: What the model reads in each turn, `[B, N]`.
     """
-    age = jnp.sum(context_mask, axis=1, keepdims=True) - jnp.cumsum(context_mask, axis=1)
+    age = ages(context_mask)
     weights = jnp.where(context_mask, jax.nn.softplus(age_logits[age] + content_logits), 0.0)
     return jnp.einsum("bn,bnd->bd", weights, context)
+
+
+def ages(context_mask: Bool[Array, "B N"]) -> Int[Array, "B N"]:
+    """How many real turns came after each turn, `[B, N]`: 0 for the newest."""
+    return jnp.sum(context_mask, axis=1, keepdims=True) - jnp.cumsum(context_mask, axis=1)
 
 
 def capped(delta: Float[Array, "B E"], max_delta: float | None) -> Float[Array, "B E"]:

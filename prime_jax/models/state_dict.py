@@ -13,6 +13,7 @@ from flax import nnx
 from prime_jax.errors import CheckpointError
 from prime_jax.models import Model, ModelConfig
 from prime_jax.models.jasper import JasperPredictor
+from prime_jax.models.mix import MixPredictor
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.models.subspace import CENTROIDS, DecomposedJasperPredictor
 from prime_jax.models.text import TextPredictor
@@ -69,6 +70,8 @@ def _slots(model: Model) -> Iterator[Slot]:
     """Every tensor: the one table that both directions read."""
     if isinstance(model, TextPredictor):
         return _of_text(model)
+    if isinstance(model, MixPredictor):
+        return _of_mix(model)
     return _of_prime(model) if isinstance(model, EmbeddingPredictor) else _of_jasper(model)
 
 
@@ -76,6 +79,12 @@ def _of_text(model: TextPredictor) -> Iterator[Slot]:
     yield from encoder_slots(model.encoder)
     if model.config.roles:
         yield Slot(("roles",), model.roles)
+
+
+def _of_mix(model: MixPredictor) -> Iterator[Slot]:
+    yield Slot(("turn_weights",), model.turn_weights)
+    if hasattr(model, "linear_map"):
+        yield from linear_slots(model.linear_map, "linear_map")
 
 
 def _of_prime(model: EmbeddingPredictor) -> Iterator[Slot]:

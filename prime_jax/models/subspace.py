@@ -26,7 +26,7 @@ CENTROIDS = "centroids"
 class SubspaceConfig(SteeredConfig):
     """Shape and behaviour of a `DecomposedJasperPredictor` (JASPER plan, tasks 9 and 10; docs/jasper.md)."""
 
-    kind: Literal["subspace"] = Field(default="subspace", description="prime, jasper, subspace or text")
+    kind: Literal["subspace"] = Field(default="subspace", description="prime, jasper, subspace, text or mix")
     num_subspaces: int = Field(default=32, ge=2, description="clusters K that the router chooses among")
     routing: AtInference = Field(default="softmax", description="how subspaces are weighed when predicting")
     straight_through: bool = Field(default=False, description="choose a single subspace in training")

@@ -27,7 +27,7 @@ ROLES = 3  # the query, what was said in answer to its author, what its author s
 class TextConfig(ServedConfig):
     """What a `TextPredictor` reads and how (docs/text.md)."""
 
-    kind: Literal["text"] = Field(default="text", description="prime, jasper, subspace or text")
+    kind: Literal["text"] = Field(default="text", description="prime, jasper, subspace, text or mix")
     input_dim: int = Field(default=384, ge=1, description="dimension of the memory's embeddings")
     output_dim: int = Field(default=384, ge=1, description="dimension of the predicted embedding, the same")
     max_context_length: int = Field(default=10, ge=0, le=50, description="most turns N that are read")

@@ -1,4 +1,4 @@
-"""Which program predicts for which kind of model: PRIME's fast path, or a steered model as it stands."""
+"""Which program predicts for which kind of model: PRIME's fast path, or another model as it stands."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float
 
 from prime_jax.models import EmbeddingModel
 from prime_jax.models.jasper import SteeredConfig
+from prime_jax.models.mix import MixConfig
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.predict.forward import Attention, forward
 from prime_jax.predict.weights import DType, lay_out
@@ -49,10 +50,10 @@ def _plain(
     query: Float[Array, "B D"],
     context_mask: Bool[Array, "B N"],
     *,
-    config: SteeredConfig,
+    config: SteeredConfig | MixConfig,
     dtype: DType,
 ) -> Float[Array, "B E"]:
-    """A steered model's own call with weights from outside; products in `dtype`."""
+    """A model's own call with weights from outside; products in `dtype`."""
     shell: Any = config
     graph = nnx.split(nnx.eval_shape(lambda: shell.build(dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0))))[0]
     model = nnx.merge(graph, weights)

@@ -23,6 +23,7 @@ from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.models import Model
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.confidence import Confidence, read_confidence
+from prime_jax.models.mix import MixConfig, MixPredictor
 from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.models.text import TextPredictor
 from prime_jax.nn.target_head import map_memory
@@ -33,7 +34,7 @@ from prime_jax.predict.precision import Precision, Recipe, check_known
 from prime_jax.predict.programs import Programs
 from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_one
 from prime_jax.predict.session import Session
-from prime_jax.predict.session_programs import SessionPrograms
+from prime_jax.predict.session_programs import SessionPrograms, WindowPrograms
 from prime_jax.predict.started import Started
 from prime_jax.predict.text import Contexts, Queries, TextPaths, named_encoder
 from prime_jax.train import checkpoints
@@ -137,7 +138,7 @@ class Predictor:
         self._compiled: Programs | None = None  # a model that reads texts has none
         if not isinstance(model, TextPredictor):
             self._compiled = Programs(model, precision, self._buckets)
-        self._session_programs: dict[tuple[int, Recipe], SessionPrograms] = {}
+        self._session_programs: dict[tuple[int, Recipe], SessionPrograms | WindowPrograms] = {}
         self._warmup_seconds: float | None = None
         self._texts = TextPaths(self)
         self._preparing = threading.RLock()
@@ -248,7 +249,7 @@ class Predictor:
             PredictorError: If `batch` is less than 1, `precision` unknown, or the model takes no turns.
         """
         programs = self._programs
-        if not isinstance(self.model, EmbeddingPredictor):
+        if not isinstance(self.model, EmbeddingPredictor | MixPredictor):
             raise PredictorError(
                 f"a {self.model.config.kind} model takes a steering vector, no turns, so it has no sessions"
             )
@@ -266,11 +267,15 @@ class Predictor:
             recipe = programs.choice_for(batch, precision).recipe
         with self._preparing:
             if (batch, recipe) not in self._session_programs:
-                weights = programs.weights(recipe)
-                self._session_programs[batch, recipe] = SessionPrograms(
-                    self.model.config, weights, recipe, batch
-                )
+                self._session_programs[batch, recipe] = self._new_session_programs(batch, recipe)
             return Session(self._session_programs[batch, recipe])
+
+    def _new_session_programs(self, batch: int, recipe: Recipe) -> SessionPrograms | WindowPrograms:
+        config: Any = self.model.config
+        if isinstance(config, MixConfig):
+            window = (batch, config.max_context_length)
+            return WindowPrograms(config, self._programs.program(window, recipe), batch)
+        return SessionPrograms(config, self._programs.weights(recipe), recipe, batch)
 
     def batcher(
         self,

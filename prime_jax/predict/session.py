@@ -7,6 +7,7 @@ are those of `Predictor.predict` on the same windows.
 
 import json
 import threading
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,7 +16,7 @@ from safetensors.numpy import load, save
 
 from prime_jax.errors import PredictorError
 from prime_jax.predict.inputs import Request, check_norms, rows
-from prime_jax.predict.session_programs import SessionPrograms, new_turn_counts
+from prime_jax.predict.session_programs import SessionPrograms, WindowPrograms
 from prime_jax.predict.started import check_state
 
 FORMAT = "prime-jax session 1"
@@ -34,7 +35,7 @@ class Session:
         batch: How many conversations there are.
     """
 
-    def __init__(self, programs: SessionPrograms):
+    def __init__(self, programs: SessionPrograms | WindowPrograms):
         config = programs.config
         batch = self.batch = programs.batch
         self._programs = programs
@@ -42,7 +43,7 @@ class Session:
         self._window = np.zeros((batch, config.max_context_length, config.input_dim), np.float32)
         self._lengths = np.zeros(batch, np.int32)
         self._cached = np.zeros(batch, np.int32)  # the first so many turns of each window are in the cache
-        self._cache = programs.empty()
+        self._cache: Any = programs.empty()
         self._lock = threading.RLock()
 
     @property
@@ -153,7 +154,7 @@ class Session:
         with self._lock:
             start, count = self._cached, self._lengths - self._cached
             needed = int(count.max(initial=0))
-            new = next(some for some in new_turn_counts(self._config) if some >= needed)
+            new = next(some for some in self._programs.turn_counts if some >= needed)
             if new == self._window.shape[1]:
                 start, count = np.zeros_like(start), self._lengths
             slots = np.minimum(start[:, None] + np.arange(new), self._window.shape[1] - 1)

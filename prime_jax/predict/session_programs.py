@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prime_jax.models.mix import MixConfig
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.predict.compiled import compile_ahead, compile_all, trace_ahead
 from prime_jax.predict.forward import Cache, advance, empty_cache
 from prime_jax.predict.packing import Flat, valid_input, with_state
 from prime_jax.predict.precision import Recipe
+from prime_jax.predict.programs import Program as BatchProgram
 from prime_jax.progress import progress
 
 FEW_TURNS = (0, 1, 2)
@@ -41,6 +43,7 @@ class SessionPrograms:
     Attributes:
         config: The model's configuration.
         batch: How many conversations advance together.
+        turn_counts: For how many new turns at a time there is a program, ascending.
     """
 
     def __init__(self, config: PredictorConfig, weights: Flat, recipe: Recipe, batch: int):
@@ -61,7 +64,7 @@ class SessionPrograms:
             )
             return lambda: self._advance.update({new: compiled()})
 
-        counts = new_turn_counts(config)
+        counts = self.turn_counts = new_turn_counts(config)
         with progress("Compiling the session", len(counts) + 1, "programs") as step:
             self._empty = compile_ahead(partial(empty_cache, config, batch), mode="default")
             step(1)
@@ -87,6 +90,36 @@ class SessionPrograms:
         packed[:, -2], packed[:, -1] = start, count
         answer, cache = self._advance[new](cache, packed, *self._weights)
         return answer, cache
+
+
+class WindowPrograms:
+    """What sessions run of a model without layers: nothing of a turn is worth keeping, so nothing is.
+
+    Attributes:
+        config: The model's configuration.
+        batch: How many conversations advance together.
+        turn_counts: The whole window alone.
+    """
+
+    def __init__(self, config: MixConfig, program: BatchProgram, batch: int):
+        self.config = config
+        self.batch = batch
+        self.turn_counts = (config.max_context_length,)
+        self._program = program
+
+    def empty(self) -> None:
+        """There is no cache."""
+
+    def advance(
+        self, cache: None, turns: np.ndarray, start: np.ndarray, count: np.ndarray, query: np.ndarray
+    ) -> tuple[np.ndarray, None]:
+        """Predict from whole windows, `[B, N, D]`, of which the first `count` turns are real.
+
+        Returns:
+            Predictions and their state `[B, E + 1]`, and no cache.
+        """
+        mask = np.arange(turns.shape[1]) < count[:, None]
+        return self._program.start(turns, query, mask).result(), None
 
 
 def _advance_packed(config: PredictorConfig, weights: Flat, recipe: Recipe, new: int) -> Program:

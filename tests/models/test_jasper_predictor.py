@@ -179,7 +179,7 @@ def test_a_stored_config_is_that_of_its_kind() -> None:
         assert kind_of(config) == kind_of(config.model_dump()) == config.kind
     old = PredictorConfig(num_layers=2).model_dump(exclude={"kind"})
     assert model_config(old) == PredictorConfig(num_layers=2)
-    assert list(KINDS) == ["prime", "jasper", "subspace", "text"]
+    assert list(KINDS) == ["prime", "jasper", "subspace", "text", "mix"]
 
 
 def test_a_stored_config_of_no_kind_is_refused() -> None:
