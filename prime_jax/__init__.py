@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
     from prime_jax.predict.predictor import Predictor, load
     from prime_jax.predict.schema import PredictorInput, PredictorOutput
+    from prime_jax.predict.untrained import untrained
 
 _HOME = {
     "load": "prime_jax.predict.predictor",
+    "untrained": "prime_jax.predict.untrained",
     "Predictor": "prime_jax.predict.predictor",
     "EmbeddingPredictor": "prime_jax.models.prime",
     "PredictorConfig": "prime_jax.models.prime",
@@ -58,6 +60,7 @@ __all__ = [
     "WrongAnswerError",
     "__version__",
     "load",
+    "untrained",
 ]
 
 

@@ -21,6 +21,7 @@ _COMMANDS = {
     "sweep": ("prime_jax.train.sweep", "try settings, several seeds each, and keep the best"),
     "evaluate": ("prime_jax.evaluate.__main__", "compare searching with the prediction against baselines"),
     "explain": ("prime_jax.explain.__main__", "say why a steered model predicts what it predicts"),
+    "tune": ("prime_jax.export.tune", "compare what needs no training, and write the best as a bundle"),
     "serve": ("prime_jax.serve.__main__", "answer predictions over HTTP"),
     "export": ("prime_jax.export.__main__", "write a bundle for ONNX Runtime and PyTorch"),
     "inspect": ("prime_jax.export.inspection", "show what is inside a run, a checkpoint or a bundle"),

@@ -16,18 +16,22 @@ _PENALTIES = (1e4, 3e3, 1e3, 300.0, 100.0, 30.0, 10.0, 3.0, 1.0, 0.1, 0.01)  # m
 
 def ridge(train: Split, corpus: Corpus) -> Baseline:
     """A linear map of the query to the passage."""
-    return _linear("ridge", lambda split: unit(split.query), train, corpus)
+    return _linear("ridge", train, corpus)
 
 
 def ridge_context(train: Split, corpus: Corpus) -> Baseline:
     """A linear map of query, mean turn and last turn: the inputs the model has, without its layers."""
+    return _linear("ridge_context", train, corpus)
 
-    def features(split: Split) -> ndarray:
-        is_last = split.mask & (ages(split.mask) == 0)
-        last = (real_turns(split.context, split.mask) * is_last[..., None]).sum(axis=1)
-        return np.concatenate([unit(split.query), mean_turn(split), last], axis=1)
 
-    return _linear("ridge_context", features, train, corpus)
+def linear_weights(name: str, settings: Settings, train: Split, corpus: Corpus) -> tuple[ndarray, ndarray]:
+    """The map that a baseline of this module is with these settings: kernel `[D, E]` and bias `[E]`.
+
+    With the setting `residual` it gives what is added to the unit-norm query.
+    """
+    weight, bias = _fitted(name, train, corpus)(settings["penalty"])
+    half = slice(bias.shape[0] // 2, None) if settings["residual"] else slice(bias.shape[0] // 2)
+    return weight[:, half], bias[half]
 
 
 def ridge_solver(
@@ -51,18 +55,32 @@ def ridge_solver(
     return solve
 
 
-def _linear(name: str, features: Callable[[Split], ndarray], train: Split, corpus: Corpus) -> Baseline:
-    """Ridge regression to the mean of the positives, or to what they add to the query (`residual`)."""
+def _features(name: str, split: Split) -> ndarray:
+    """What a map takes: the query, or query, mean turn and last turn side by side."""
+    if name == "ridge":
+        return unit(split.query)
+    is_last = split.mask & (ages(split.mask) == 0)
+    last = (real_turns(split.context, split.mask) * is_last[..., None]).sum(axis=1)
+    return np.concatenate([unit(split.query), mean_turn(split), last], axis=1)
+
+
+def _fitted(name: str, train: Split, corpus: Corpus) -> Callable[[float], tuple[ndarray, ndarray]]:
+    """Ridge regression to the mean of the positives and, side by side, to what they add to the query."""
     rows = np.concatenate(train.positives)
     owner = np.repeat(np.arange(len(train.query)), [len(rows) for rows in train.positives])
     target = np.zeros((len(train.query), corpus.embeddings.shape[1]), np.float32)
     np.add.at(target, owner, unit(corpus.embeddings[rows]))
     target = unit(target)
     both = np.concatenate([target, target - unit(train.query)], axis=1)
-    solve = ridge_solver(features(train), both)
+    return ridge_solver(_features(name, train), both)
+
+
+def _linear(name: str, train: Split, corpus: Corpus) -> Baseline:
+    """Ridge regression to the mean of the positives, or to what they add to the query (`residual`)."""
+    solve = _fitted(name, train, corpus)
 
     def prepare(split: Split) -> Callable[[Settings], ndarray]:
-        given, base = features(split).astype(np.float64), unit(split.query)
+        given, base = _features(name, split).astype(np.float64), unit(split.query)
 
         def build(settings: Settings) -> ndarray:
             weight, bias = solve(settings["penalty"])

@@ -192,26 +192,53 @@ def open_data(
             f"{run}: was trained on embeddings of {info.get('encoder')}, but data.encoder {source.encoder!r} "
             f"is {encoder.identity}; vectors of different encoders cannot be compared"
         )
-    passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
-    prefixes: dict[str, Any] = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
     folder = store
     # What only a run's configuration names is used where it is such a store, never made.
     if folder is None and source.store:
         there = holds_store(Path(source.store), encoder.identity, info.get("encoder_start"))
         folder = Path(source.store) if there else None
-    dataset, embeddings = prepare(data, splits, encoder, store_folder=folder, **prefixes)
+    most = predictor.config.model.max_context_length
+    opened = embed(data, splits, encoder, source, store=folder, max_turns=most)
+    if predictor.config.steered:
+        embedded = steer(predictor, run, data, opened.embedded, encoder.identity, steering)
+        return opened._replace(embedded=embedded)
+    check_not_steered(steering, run)
+    return opened
+
+
+def embed(
+    data: Path,
+    splits: Sequence[str],
+    encoder: Encoder,
+    source: DataConfig,
+    *,
+    store: Path | None,
+    max_turns: int,
+) -> OpenedData:
+    """Load splits of a data folder, and encode what a store lacks.
+
+    Args:
+        data: Data folder in the JSONL contract.
+        splits: Which splits to open.
+        encoder: Embeds the texts.
+        source: How: prefixes, and where turns come from.
+        store: Embedding store; None means `embeddings/` in the data folder.
+        max_turns: Most turns of an example; the newest are kept.
+
+    Raises:
+        DataError: If the data breaks the contract.
+    """
+    passage_prefix = passage_prefix_for(encoder, source.passage_prefix)
+    prefixes: dict[str, Any] = {"query_prefix": source.query_prefix, "passage_prefix": passage_prefix}
+    dataset, embeddings = prepare(data, splits, encoder, store_folder=store, **prefixes)
     embedded = embed_dataset(
         dataset,
         embeddings,
-        max_context_length=predictor.config.model.max_context_length,
+        max_context_length=max_turns,
         context_from=source.context_from,
         first_pass_k=source.first_pass_k,
         **prefixes,
     )
-    if predictor.config.steered:
-        embedded = steer(predictor, run, data, embedded, encoder.identity, steering)
-    else:
-        check_not_steered(steering, run)
     return OpenedData(dataset, embedded, encoder, source)
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from prime_jax.errors import ExportError, PredictorError
+from prime_jax.evaluate import UNTRAINED
+from prime_jax.export.tune import add_source_options
 from prime_jax.files import user_path
 from prime_jax.locks import exclusive
 
@@ -37,6 +39,14 @@ def _parser() -> ArgumentParser:
         "--run", type=user_path, metavar="DIR", help="run folder, one checkpoint, or a bundle"
     )
     source.add_argument("--torch", type=user_path, metavar="FILE", help="weights trained in PyTorch instead")
+    source.add_argument(
+        "--untrained",
+        metavar="DIM|NAME",
+        help="what needs no training: for embeddings of a dimension, or reading texts with an encoder",
+    )
+    source.add_argument(
+        "--baseline", metavar="NAME", help=f"a tuned baseline, of {', '.join(UNTRAINED)}; needs --data"
+    )
     parser.add_argument(
         "--like", type=user_path, metavar="DIR", help="with --torch: bundle to take config from"
     )
@@ -47,10 +57,7 @@ def _parser() -> ArgumentParser:
     parser.add_argument(
         "--data", type=user_path, metavar="DIR", help="data to measure on (default: the run's)"
     )
-    parser.add_argument("--store", type=user_path, metavar="DIR", help="embedding store (default: the run's)")
-    parser.add_argument(
-        "--encoder", metavar="NAME", help="needed where the run's is code (module:attribute); as for training"
-    )
+    add_source_options(parser)
     parser.add_argument("--max-loss", type=float, default=0.01, help="of R@10 in fp16, int8 (default: 0.01)")
     parser.add_argument("--allow-loss", action="store_true", help="write them even if they lose more")
     parser.add_argument("--model-version", help="semantic version (default: the bundle's, or 1.0.0)")
@@ -66,12 +73,16 @@ def _check(given: Namespace) -> None:
     """Refuse what contradicts itself, before anything is measured or written."""
     if not math.isfinite(given.max_loss):
         raise ExportError(f"--max-loss must be a number, not {given.max_loss}")
+    if given.baseline is not None and given.data is None:
+        raise ExportError("--baseline is tuned on dev: name the data folder with --data")
+    if given.run is None and given.precision != "fp32":
+        raise ExportError("--precision goes with --run: lower ones are judged on the run's data")
+    if given.untrained is not None and given.data is not None:
+        raise ExportError("--untrained looks at no data; --baseline is tuned on --data")
     if given.torch is None and given.like is not None:
         raise ExportError("--like goes with --torch; a run knows its own config")
-    if given.torch is not None and (given.data or given.store or given.encoder or given.precision != "fp32"):
-        raise ExportError(
-            "--data, --store, --encoder and --precision go with --run; weights alone cannot be judged"
-        )
+    if given.torch is not None and (given.data or given.store or given.encoder):
+        raise ExportError("--data, --store and --encoder go with --run; weights alone cannot be judged")
     if given.triton is None:
         return
     if given.triton.is_file():
@@ -101,7 +112,11 @@ def _export(given: Namespace) -> dict[str, Any]:
         private_key=given.sign,
         password=os.environ.get(PASSWORD),
     )
-    if predictor is None:
+    if given.untrained is not None:
+        parity = _untrained(given, options)
+    elif given.baseline is not None:
+        parity = _baseline(given, options)
+    elif predictor is None:
         parity = _from_torch(given, options)
     else:
         data = given.data or _data_of(predictor, given.store)
@@ -166,6 +181,30 @@ def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
         facts = {name: fact for name, fact in read_json(config).items() if name in CONFIG_FACTS}
     model = from_torch(given.torch, config)
     return write_bundle(model, given.out, facts=facts, target_head=head, options=options, source=given.like)
+
+
+def _untrained(given: Namespace, options: Any) -> dict[str, Any]:
+    """A bundle of what needs no training."""
+    from prime_jax.export.bundle import facts_of, write_bundle
+    from prime_jax.predict.untrained import untrained
+
+    of = {"dim": int(given.untrained)} if given.untrained.isdecimal() else {"encoder": given.untrained}
+    predictor = untrained(**of, max_turns=given.max_turns, query_prefix=given.query_prefix)
+    source = predictor.info().get("source")
+    folder = None if source is None else Path(source)
+    facts = facts_of(predictor, given.out)
+    return write_bundle(predictor.model, given.out, facts=facts, options=options, source=folder)
+
+
+def _baseline(given: Namespace, options: Any) -> dict[str, Any]:
+    """A bundle of a baseline, tuned on dev."""
+    from prime_jax.evaluate.untrained import compare_untrained
+    from prime_jax.export.tune import config_of, write_candidate
+
+    config = config_of(given)
+    turns = config.model.max_context_length
+    compared = compare_untrained(config.data, max_turns=turns, only=[given.baseline])
+    return write_candidate(compared.named(given.baseline), compared, given.out, options)
 
 
 def _print(given: Namespace, parity: dict[str, Any]) -> None:

@@ -108,7 +108,16 @@ _COMPUTED_BY = (
     *("kind", "num_heads", "context_attention", "residual", "max_delta", "max_context_length"),
     *("routing", "fine_input", "block", "num_kv_heads", "head_dim", "norm_eps", "rope_theta", "rope_scaling"),
     *("average", "linear", "keep_query"),
-    *("encoder", "pooling", "separator_id", "separate_turns", "roles", "max_tokens", "lower_case"),
+    *(
+        "encoder",
+        "pooling",
+        "separator_id",
+        "separate_turns",
+        "roles",
+        "max_tokens",
+        "lower_case",
+        "query_weight",
+    ),
 )
 
 

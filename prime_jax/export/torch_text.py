@@ -53,6 +53,7 @@ class TextConfig:
         roles: Whether there is an embedding of who said what.
         lower_case: Whether texts are lower-cased first.
         output_dim: Width E of a prediction, which is the encoder's.
+        query_weight: How much of the query's own embedding is added to that of the whole.
     """
 
     encoder: Mapping[str, Any]
@@ -64,6 +65,7 @@ class TextConfig:
     roles: bool
     lower_case: bool
     output_dim: int
+    query_weight: float = 0.0
 
     def __post_init__(self) -> None:
         if self.pooling not in ("mean", "cls"):
@@ -84,11 +86,11 @@ class TextConfig:
         if model.get("kind") != "text":
             raise CheckpointError(f"{path}: model.kind {model.get('kind')!r} is not text")
         names = [field.name for field in fields(cls)]
-        for name in names:
+        for name in names[: names.index("query_weight")]:  # older bundles do not have it
             if name not in model:
                 raise CheckpointError(f"{path}: model.{name} is missing")
         try:
-            return cls(**{name: model[name] for name in names})
+            return cls(**{name: model[name] for name in names if name in model})
         except (TypeError, KeyError, PredictorError) as unfit:
             raise CheckpointError(f"{path}: does not describe a model ({unfit})") from None
 
@@ -122,16 +124,21 @@ class TextPredictor(nn.Module):
         self._check(input_ids, attention_mask)
         real = attention_mask > 0
         positions = (real.long().cumsum(dim=1) - 1).clamp(min=0)
-        added = None
-        if self.config.roles:
-            separators = (input_ids == self.config.separator_id).long()
-            age = separators.cumsum(dim=1) - separators  # texts before a token's own
-            added = self.roles[torch.where(age == 0, 0, 2 - age % 2)]
-        hidden = self._tokens(input_ids.long(), real, positions, added)
-        if self.config.pooling == "cls":
-            return functional.normalize(hidden[:, 0], dim=-1)
-        summed = hidden.masked_fill(~real[..., None], 0.0).sum(dim=1)
-        return functional.normalize(summed / real.sum(dim=1, keepdim=True).clamp(min=1), dim=-1)
+        separators = (input_ids == self.config.separator_id).long()
+        age = separators.cumsum(dim=1) - separators  # texts before a token's own
+        added = self.roles[torch.where(age == 0, 0, 2 - age % 2)] if self.config.roles else None
+
+        def embedded(read: Tensor) -> Tensor:
+            hidden = self._tokens(input_ids.long(), read, positions, added)
+            if self.config.pooling == "cls":
+                return functional.normalize(hidden[:, 0], dim=-1)
+            summed = hidden.masked_fill(~read[..., None], 0.0).sum(dim=1)
+            return functional.normalize(summed / read.sum(dim=1, keepdim=True).clamp(min=1), dim=-1)
+
+        whole = embedded(real)
+        if not self.config.query_weight:
+            return whole
+        return functional.normalize(whole + self.config.query_weight * embedded(real & (age == 0)), dim=-1)
 
     def get_num_params(self) -> int:
         """Number of trained numbers."""

@@ -4,6 +4,7 @@ It starts as the encoder that the memory was made with and is trained against th
 is: passages are not encoded anew. ConvDR (arXiv 2105.04166) trains the query side alone, too.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -35,6 +36,9 @@ class TextConfig(ServedConfig):
     separate_turns: bool = Field(default=True, description="put a separator between query and turns")
     dropout: float = Field(default=0.0, ge=0.0, le=0.5, description="dropout probability in training")
     roles: bool = Field(default=True, description="learn an embedding of who said what, zero at first")
+    query_weight: float = Field(
+        default=0.0, ge=0.0, description="how much of the query's own embedding is added to that of the whole"
+    )
     encoder: EncoderConfig | None = Field(
         default=None, discriminator="model_type", description="architecture; null: that of data.encoder"
     )
@@ -50,6 +54,8 @@ class TextConfig(ServedConfig):
             )
         if self.roles and not self.separate_turns:
             raise ValueError("roles are told by separators: set separate_turns true, or roles false")
+        if self.query_weight and not self.separate_turns:
+            raise ValueError("a separator ends the query: set separate_turns true, or query_weight 0")
         if self.encoder is not None and self.encoder.hidden_size != self.output_dim:
             raise ValueError(
                 f"the encoder is {self.encoder.hidden_size} wide, output_dim is {self.output_dim}"
@@ -86,7 +92,8 @@ class TextConfig(ServedConfig):
         leaves = jax.tree.leaves(nnx.state(shapes, nnx.Param))
         matrices = sum(int(leaf.size) for leaf in leaves if leaf.ndim == 2)
         attention = 2 * tokens * self.encoder.hidden_size * layers
-        return 2.0 * tokens * (matrices + attention)
+        passes = 2 if self.query_weight else 1
+        return passes * 2.0 * tokens * (matrices + attention)
 
 
 class TextPredictor(nnx.Module):
@@ -130,13 +137,16 @@ class TextPredictor(nnx.Module):
         Returns:
             Unit-norm float32 predictions, `[B, E]`.
         """
-        added = None
-        if self.config.roles:
-            before = jnp.cumsum(tokens == self.config.separator_id, axis=1, dtype=jnp.int32)
-            added = self._said_by(before - (tokens == self.config.separator_id))
-        hidden = self.encoder(tokens, mask, positions=positions, added=added, remat=remat)
-        assert self.config.pooling is not None
-        return pool(hidden, mask, self.config.pooling)
+        separators = tokens == self.config.separator_id
+        age = jnp.cumsum(separators, axis=1, dtype=jnp.int32) - separators
+        added = self._said_by(age) if self.config.roles else None
+
+        def embedded(mask: Bool[Array, "B T"]) -> Float[Array, "B E"]:
+            hidden = self.encoder(tokens, mask, positions=positions, added=added, remat=remat)
+            assert self.config.pooling is not None
+            return pool(hidden, mask, self.config.pooling)
+
+        return self._with_query(embedded(mask), lambda: embedded(mask & (age == 0)))
 
     def details(
         self,
@@ -159,32 +169,46 @@ class TextPredictor(nnx.Module):
     ) -> Float[Array, "R P E"]:
         """Predictions of all sequences where they lie, P = `SEQUENCES_PER_ROW`; zeros where there is none."""
         tokens, segments, positions, _ = conversations
-        seen = (segments[:, :, None] == segments[:, None, :]) & (segments > 0)[:, None, :]
-        added = None
-        if self.config.roles:
-            separators = (tokens == self.config.separator_id) & (segments > 0)
-            before = jnp.cumsum(separators, axis=1, dtype=jnp.int32) - separators
-            first = jax.lax.cummax(jnp.where(positions == 0, before, 0), axis=1)  # in the sequences before
-            added = self._said_by(before - first)
-        hidden = self.encoder(
-            tokens,
-            seen,
-            positions=positions,
-            added=added,
-            rate=self.config.dropout,
-            dropout_key=dropout_key if self.config.dropout else None,
-            remat=remat,
-        )
-        member = segments[:, None, :] == jnp.arange(1, SEQUENCES_PER_ROW + 1)[None, :, None]
-        if self.config.pooling == "cls":
-            member &= (positions == 0)[:, None, :]
-        with jax.named_scope("pooling"):
-            summed = einsum_accumulate_f32("rps,rsh->rph", member.astype(jnp.float32), hidden, jnp.float32)
-        return unit(summed / jnp.maximum(member.sum(axis=2, keepdims=True), 1).astype(jnp.float32))
+        separators = (tokens == self.config.separator_id) & (segments > 0)
+        before = jnp.cumsum(separators, axis=1, dtype=jnp.int32) - separators
+        age = before - jax.lax.cummax(jnp.where(positions == 0, before, 0), axis=1)  # those of its sequence
+        added = self._said_by(age) if self.config.roles else None
+        sequence = segments[:, None, :] == jnp.arange(1, SEQUENCES_PER_ROW + 1)[None, :, None]
+
+        def embedded(read: Bool[Array, "R S"]) -> Float[Array, "R P E"]:
+            seen = (segments[:, :, None] == segments[:, None, :]) & read[:, None, :]
+            hidden = self.encoder(
+                tokens,
+                seen,
+                positions=positions,
+                added=added,
+                rate=self.config.dropout,
+                dropout_key=dropout_key if self.config.dropout else None,
+                remat=remat,
+            )
+            member = (
+                sequence & (read & (positions == 0) if self.config.pooling == "cls" else read)[:, None, :]
+            )
+            with jax.named_scope("pooling"):
+                summed = einsum_accumulate_f32(
+                    "rps,rsh->rph", member.astype(jnp.float32), hidden, jnp.float32
+                )
+            return unit(summed / jnp.maximum(member.sum(axis=2, keepdims=True), 1).astype(jnp.float32))
+
+        real = segments > 0
+        return self._with_query(embedded(real), lambda: embedded(real & (age == 0)))
 
     def num_params(self) -> int:
         """Number of trained numbers."""
         return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def _with_query(
+        self, whole: Float[Array, "*a E"], query: Callable[[], Float[Array, "*a E"]]
+    ) -> Float[Array, "*a E"]:
+        """Embeddings of conversations, with as much of their queries' own as the config says."""
+        if not self.config.query_weight:
+            return whole
+        return unit(whole + self.config.query_weight * query())
 
     def _said_by(self, age: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Embedding of who said a token, by how many texts stand before its own: 0 in the query."""

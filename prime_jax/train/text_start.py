@@ -45,18 +45,37 @@ def completed(config: Config) -> Config:
     if not isinstance(config.model, TextConfig):
         return config
     encoder = _trainable(load_encoder(config.data.encoder), config)
-    source, file = encoder.source, encoder.source.transformer / TOKENIZER
+    return config.model_copy(update={"model": reading_config(config.model, encoder, config.data.encoder)})
+
+
+def reading_config(model: TextConfig, encoder: BertTextEncoder, name: str) -> TextConfig:
+    """The configuration with what it takes from an encoder; `name` is how that was called, for messages.
+
+    Raises:
+        ConfigError: If the encoder does not fit.
+        DataError: If its tokenizer is none that makes conversations.
+    """
+    source = encoder.source
     taken = {
         "encoder": read_encoder_config(source.transformer),
         "pooling": encoder.pooling,
         "lower_case": source.lower_case,
-        "separator_id": ConversationTokenizer.of_model(config.model, file).separator,
+        "separator_id": ConversationTokenizer.of_model(model, source.transformer / TOKENIZER).separator,
     }
     try:
-        model = TextConfig.model_validate({**config.model.model_dump(), **taken})
+        return TextConfig.model_validate({**model.model_dump(), **taken})
     except ValidationError as unfit:
-        raise ConfigError(f"data.encoder {config.data.encoder!r}: {unfit.errors()[0]['msg']}") from None
-    return config.model_copy(update={"model": model})
+        raise ConfigError(f"data.encoder {name!r}: {unfit.errors()[0]['msg']}") from None
+
+
+def starting_params(model: TextConfig, encoder: BertTextEncoder) -> dict[str, Any]:
+    """Parameters of the model before any training, float32, nested dicts."""
+    params: dict[str, Any] = {
+        "encoder": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), encoder.params)
+    }
+    if model.roles:
+        params["roles"] = np.zeros((ROLES, model.output_dim), np.float32)
+    return params
 
 
 def text_start(
@@ -74,12 +93,7 @@ def text_start(
             f"{tokenizer.cut:,} of {everything:,} conversations are longer than {model.max_tokens} tokens; "
             "their oldest words are not read"
         )
-    params: dict[str, Any] = {
-        "encoder": jax.tree.map(lambda leaf: np.asarray(leaf, np.float32), start.params)
-    }
-    if model.roles:
-        params["roles"] = np.zeros((ROLES, model.output_dim), np.float32)
-    return data, TextStart(params, file)
+    return data, TextStart(starting_params(model, start), file)
 
 
 def packed_batches(config: Config, data: EmbeddedDataset, split: str) -> PackedBatches | None:

@@ -25,9 +25,9 @@ from prime_jax.export.to_torch import load_state_dict, state_dict
 from prime_jax.models.text import TextConfig, TextPredictor
 
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bert": {"pooling": "cls", "roles": False},
+    "bert": {"pooling": "cls", "roles": False, "query_weight": 2.0},
     "roberta": {"roles": False, "separate_turns": False},
-    "modernbert": {"max_context_length": 3},
+    "modernbert": {"max_context_length": 3, "query_weight": 0.5},
 }
 
 

@@ -24,6 +24,8 @@ KINDS: list[dict[str, Any]] = [
     {"pooling": "cls"},
     {"roles": False, "separate_turns": False},
     {"family": "modernbert"},
+    {"query_weight": 0.5},
+    {"query_weight": 0.5, "pooling": "cls", "roles": False},
 ]
 
 
@@ -84,6 +86,19 @@ def test_a_query_alone_is_what_the_encoder_makes_of_it(tmp_path: Path) -> None:
     np.testing.assert_allclose(found, encoder.encode([text]), atol=1e-6)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "cls"])
+def test_the_query_alone_is_added_with_its_weight(pooling: str) -> None:
+    """What the model without a weight says of the query alone, up to the separator that ends it."""
+    plain = text_model(text_config(pooling=pooling))
+    both = text_model(text_config(pooling=pooling, query_weight=0.7))
+    text = jnp.asarray([[2, 5, 6, 3, 7, 8, 3, 9, 3]])
+    query, real = text[:, :4], jnp.ones_like(text, bool)
+    expected = plain(text, real) + 0.7 * plain(query, real[:, :4])
+    found = both(text, real)
+    np.testing.assert_allclose(found, expected / jnp.linalg.norm(expected), atol=2e-6)
+    np.testing.assert_allclose(both(query, real[:, :4]), plain(query, real[:, :4]), atol=2e-6)
+
+
 def test_roles_tell_query_answer_and_own_words_apart() -> None:
     model = text_config().build(rngs=nnx.Rngs(0))
     model.roles.set_value(jnp.arange(3.0)[:, None] * jnp.ones((3, 32)))
@@ -137,6 +152,7 @@ def test_the_config_comes_back_from_json() -> None:
     [
         ({"output_dim": 16}, "must equal output_dim"),
         ({"separate_turns": False}, "roles are told by separators"),
+        ({"separate_turns": False, "roles": False, "query_weight": 1}, "a separator ends the query"),
         ({"input_dim": 16, "output_dim": 16}, "the encoder is 32 wide, output_dim is 16"),
         ({"max_tokens": 65}, "more than the 64 that the encoder reads"),
     ],

@@ -1,0 +1,183 @@
+"""What can be had without training a model, compared on dev: which door to take on the first day.
+
+Every candidate is a model in the end (`model_of`), so that the best one is exported and served like any.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from numpy import ndarray
+
+from prime_jax.config import DataConfig
+from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.errors import DataError
+from prime_jax.evaluate import UNTRAINED
+from prime_jax.evaluate.arrays import Corpus, Split, retrieve
+from prime_jax.evaluate.baselines import Baseline, Settings, mean_context, query, recency_mix, tune
+from prime_jax.evaluate.linear import linear_weights, ridge, ridge_context
+from prime_jax.evaluate.run import OpenedData, conversations, embed, split_arrays
+from prime_jax.evaluate.significance import interval
+from prime_jax.models import Model
+from prime_jax.models.mix import MixConfig, mix_of
+from prime_jax.predict.untrained import untrained
+from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.progress import progress
+from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
+from prime_jax.retrieval.vectors import unit
+
+TEXT = "text"
+SHOWN = ("P@5", "MRR@10")
+_QUERY_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+
+
+class Candidate(NamedTuple):
+    """One way to search, with the settings that are best on dev.
+
+    Attributes:
+        name: One of `UNTRAINED`.
+        settings: The best of its grid.
+        figures: Mean of each of `SHOWN` on dev.
+        interval: 95% interval of MRR@10, over whole conversations.
+        found: Corpus rows found for each query of dev, `[Q, DEPTH]`.
+    """
+
+    name: str
+    settings: Settings
+    figures: dict[str, float]
+    interval: tuple[float, float]
+    found: ndarray
+
+
+class Comparison(NamedTuple):
+    """All candidates on one data folder.
+
+    Attributes:
+        candidates: In the order of `UNTRAINED`.
+        data: What they were compared on.
+        splits: Dev as arrays, and train where a candidate is fitted to it.
+        max_turns: Most turns that are looked at.
+    """
+
+    candidates: Sequence[Candidate]
+    data: OpenedData
+    splits: dict[str, Split]
+    max_turns: int
+
+    @property
+    def best(self) -> Candidate:
+        """The one with the largest MRR@10 on dev, the simplest of equally good ones."""
+        return max(self.candidates, key=lambda one: round(one.figures["MRR@10"], 12))
+
+    def named(self, name: str) -> Candidate:
+        """The candidate of that name.
+
+        Raises:
+            DataError: If it was not compared.
+        """
+        for one in self.candidates:
+            if one.name == name:
+                return one
+        raise DataError(f"{name}: not possible with this data and encoder")
+
+
+def compare_untrained(
+    source: DataConfig,
+    *,
+    max_turns: int = 10,
+    only: Sequence[str] = UNTRAINED,
+    encoder: Encoder | None = None,
+    store: Path | None = None,
+) -> Comparison:
+    """Tune every candidate on dev.
+
+    Args:
+        source: Data folder, encoder and prefixes.
+        max_turns: Most turns that are looked at.
+        only: Names of the candidates.
+        encoder: Embeds texts; None takes the one that `source` names.
+        store: Embedding store; None takes that of `source`, or `embeddings/` in the data folder.
+
+    Raises:
+        ConfigError: If there is no such encoder.
+        DataError: If the data breaks the contract, or a candidate is unknown, or none of `only` is possible.
+    """
+    for name in only:
+        if name not in UNTRAINED:
+            raise DataError(f"{name}: there is no such baseline to export; there are {', '.join(UNTRAINED)}")
+    assert source.path is not None
+    encoder = load_encoder(source.encoder, source.encoder_precision) if encoder is None else encoder
+    store = Path(source.store) if store is None and source.store else store
+    needed = ("train", "dev") if any(name.startswith("ridge") for name in only) else ("dev",)
+    data = embed(Path(source.path), needed, encoder, source, store=store, max_turns=max_turns)
+    splits = split_arrays(data.dataset, data.embedded, encoder, source)
+    corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
+    makers: dict[str, Callable[[], Baseline]] = {
+        "query": query,
+        "mean_context": mean_context,
+        "recency_mix": recency_mix,
+        "ridge": lambda: ridge(splits["train"], corpus),
+        "ridge_context": lambda: ridge_context(splits["train"], corpus),
+    }
+    if isinstance(encoder, BertTextEncoder) and source.context_from == "data":
+        makers[TEXT] = lambda: _text(encoder, source, max_turns)
+    if not splits["dev"].mask.any():  # all but these are the query then, or what a map makes of it
+        makers = {name: make for name, make in makers.items() if name in ("query", "ridge")}
+    wanted = [name for name in UNTRAINED if name in makers and name in only]
+    if not wanted:
+        raise DataError(f"{', '.join(only)}: not possible with this data and encoder")
+    dev, groups = splits["dev"], conversations(data.dataset.splits["dev"])
+    found = []
+    with progress("Comparing on dev", len(wanted), "candidates") as advance:
+        for name in wanted:
+            baseline = makers[name]()
+            settings, _ = tune(baseline, dev, corpus)
+            rows = retrieve(baseline.prepare(dev)(settings), dev, corpus, DEPTH)[1]
+            figures = ranking_metrics(rows, dev.positives)
+            means = {metric: float(figures[metric].mean()) for metric in SHOWN}
+            ends = interval(figures["MRR@10"], seed=0, groups=groups)
+            found.append(Candidate(name, settings, means, (float(ends[0]), float(ends[1])), rows))
+            advance(1, name)
+    return Comparison(found, data, splits, max_turns)
+
+
+def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | None]:
+    """A candidate as a model, and the folder that its tokenizer lies in where it reads text."""
+    data, settings = compared.data, candidate.settings
+    if candidate.name == TEXT:
+        predictor = untrained(
+            encoder=data.encoder, max_turns=compared.max_turns, weight=float(settings["query_weight"])
+        )
+        return predictor.model, Path(predictor.info()["source"])
+    shape: dict[str, Any] = {
+        "input_dim": data.encoder.dim,
+        "output_dim": data.encoder.dim,
+        "max_context_length": compared.max_turns,
+    }
+    weight = float(settings.get("weight", 0.0))
+    if candidate.name == "mean_context":
+        return mix_of(MixConfig(**shape, average=True), weight, 1.0), None
+    if not candidate.name.startswith("ridge"):
+        return mix_of(MixConfig(**shape), weight, float(settings.get("decay", 0.0))), None
+    corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
+    kernel, bias = linear_weights(candidate.name, settings, compared.splits["train"], corpus)
+    of = "query" if candidate.name == "ridge" else "context"
+    model = mix_of(MixConfig(**shape, linear=of, keep_query=bool(settings["residual"])), 0.0, 0.0)
+    model.linear_map.kernel.set_value(jnp.asarray(kernel, jnp.float32))
+    model.linear_map.bias.set_value(jnp.asarray(bias, jnp.float32))
+    return model, None
+
+
+def _text(encoder: BertTextEncoder, source: DataConfig, max_turns: int) -> Baseline:
+    """The encoder's embedding of query and turns read as one text, plus a weight times the query's."""
+    reader = untrained(encoder=encoder, weight=0.0, max_turns=max_turns, query_prefix=source.query_prefix)
+
+    def prepare(split: Split) -> Callable[[Settings], ndarray]:
+        assert split.context_texts is not None
+        assert split.query_texts is not None
+        whole = reader.predict_text(split.context_texts, split.query_texts)
+        alone = reader.predict_text([[]] * len(split.query_texts), split.query_texts)
+        return lambda settings: unit(whole + settings["query_weight"] * alone)
+
+    return Baseline(TEXT, [{"query_weight": weight} for weight in _QUERY_WEIGHTS], prepare)

@@ -1,0 +1,70 @@
+"""Predictors for the first day: nothing is trained, and everything a predictor has is there.
+
+What they are worth beside trained ones is in docs/untrained.md.
+"""
+
+from flax import nnx
+
+from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.errors import ConfigError
+from prime_jax.models.mix import DECAY, WEIGHT, MixConfig, mix_of
+from prime_jax.models.text import TextConfig, TextPredictor
+from prime_jax.predict.predictor import Predictor
+from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.train.text_start import reading_config, starting_params
+
+QUERY_WEIGHT = 1.0  # of the query's own embedding beside that of the whole
+
+
+def untrained(
+    dim: int | None = None,
+    *,
+    encoder: Encoder | str | None = None,
+    max_turns: int = 10,
+    weight: float | None = None,
+    decay: float = DECAY,
+    query_prefix: str = "",
+) -> Predictor:
+    """A predictor that needs no training.
+
+    With `dim` alone it takes embeddings, of any encoder: `query + weight * sum of decay^age * turn` of
+    unit-norm vectors. With an `encoder` whose weights are at hand it takes texts: the embedding of query and
+    turns read as one text, newest turn first, plus `weight` times the query's own.
+
+    Args:
+        dim: Dimension of the embeddings.
+        encoder: The memory's encoder, or the name that `data.encoder` takes: `minilm` or a model folder.
+        max_turns: Most turns that are looked at.
+        weight: Of the newest turn, 0.3 if not given; of the query's own embedding, 1 if not given.
+        decay: From one turn to the one before it; only with `dim`.
+        query_prefix: What the encoder wants before queries; only with `encoder`.
+
+    Raises:
+        ConfigError: If neither or both are given, or there is no such encoder.
+        DataError: If the encoder's folder is incomplete or damaged.
+        pydantic.ValidationError: If a number is out of bounds.
+    """
+    if (dim is None) == (encoder is None):
+        raise ConfigError("untrained: give the dimension of the embeddings, or an encoder that reads texts")
+    if dim is not None:
+        shape = MixConfig(input_dim=dim, output_dim=dim, max_context_length=max_turns)
+        return Predictor.from_model(mix_of(shape, WEIGHT if weight is None else weight, decay))
+    found = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    if not isinstance(found, BertTextEncoder):
+        raise ConfigError(
+            f"untrained: the weights of the encoder {encoder!r} are not at hand; give minilm or a model "
+            "folder, or the dimension of its embeddings"
+        )
+    given = TextConfig(
+        input_dim=found.dim,
+        output_dim=found.dim,
+        max_context_length=max_turns,
+        roles=False,
+        query_weight=QUERY_WEIGHT if weight is None else weight,
+    )
+    config = reading_config(given, found, str(encoder))
+    graph = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[0]
+    model: TextPredictor = nnx.merge(graph, starting_params(config, found))
+    source = found.source.transformer
+    facts = {"source": str(source), "encoder": found.identity, "query_prefix": query_prefix}
+    return Predictor(model, facts=facts)
