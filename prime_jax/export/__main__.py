@@ -76,7 +76,7 @@ def _check(given: Namespace) -> None:
     if given.baseline is not None and given.data is None:
         raise ExportError("--baseline is tuned on dev: name the data folder with --data")
     if given.run is None and given.precision != "fp32":
-        raise ExportError("--precision goes with --run: lower ones are judged on the run's data")
+        raise ExportError("--precision goes with --run and its data; weights alone cannot be judged")
     if given.untrained is not None and given.data is not None:
         raise ExportError("--untrained looks at no data; --baseline is tuned on --data")
     if given.torch is None and given.like is not None:

@@ -13,6 +13,7 @@ from prime_jax.predict.predictor import Predictor
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.train.text_start import reading_config, starting_params
 
+MAX_TOKENS = 96  # that are read of query and turns; encoders do not gain from more without training
 QUERY_WEIGHT = 1.0  # of the query's own embedding beside that of the whole
 
 
@@ -59,6 +60,7 @@ def untrained(
         input_dim=found.dim,
         output_dim=found.dim,
         max_context_length=max_turns,
+        max_tokens=min(MAX_TOKENS, found.max_length),
         roles=False,
         query_weight=QUERY_WEIGHT if weight is None else weight,
     )

@@ -23,11 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         except ImportError as missing:
             raise ConfigError(f"{missing}; install it with: pip install 'prime-jax[serve]'") from None
         from prime_jax.predict.predictor import load
+        from prime_jax.predict.untrained import untrained
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         listening = _bind(settings.host, settings.port)
-        console.print(f"Loading {settings.run}")
-        predictor = load(settings.run, precision=settings.precision, encoder=settings.encoder)
+        if settings.run is None:
+            predictor = untrained(settings.untrained)
+        else:
+            console.print(f"Loading {settings.run}")
+            predictor = load(settings.run, precision=settings.precision, encoder=settings.encoder)
         app = build_app(predictor, settings)
     except PredictorError as mistake:
         print(f"prime-jax serve: {mistake}", file=sys.stderr)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
 from prime_jax.errors import ConfigError
@@ -26,7 +26,10 @@ class ServeSettings(BaseSettings):
         cli_prog_name="python -m prime_jax.serve",
     )
 
-    run: Path = Field(description="run folder, checkpoint folder or bundle")
+    run: Path | None = Field(default=None, description="run folder, checkpoint folder or bundle")
+    untrained: int | None = Field(
+        default=None, ge=1, description="instead of a run: embeddings of this dimension, nothing is trained"
+    )
     encoder: str | None = Field(
         default=None, description="encoder that clients use; refused if the run was trained with another one"
     )
@@ -53,6 +56,14 @@ class ServeSettings(BaseSettings):
     session_idle_s: float = Field(default=900.0, gt=0, description="a session unused for so long is dropped")
     grace_s: int = Field(default=20, ge=1, description="how long a stop waits for running requests")
 
+    @model_validator(mode="after")
+    def _one_predictor(self) -> "ServeSettings":
+        if (self.run is None) == (self.untrained is None):
+            raise ValueError("name a --run, or --untrained with the dimension of your embeddings")
+        if self.untrained is not None and self.encoder is not None:
+            raise ValueError("--encoder goes with --run, which says what it was trained on")
+        return self
+
     def guards(self, possible: bool) -> bool:
         """Whether answers are guarded, where a guard is possible or not."""
         return possible if self.guard == "auto" else self.guard == "on"
@@ -73,11 +84,11 @@ def read_settings(options: Sequence[str]) -> ServeSettings:
     try:
         return ServeSettings(_cli_parse_args=list(options))  # type: ignore[call-arg]
     except ValidationError as invalid:
-        faults = (
-            f"--{'-'.join(str(part) for part in fault['loc'])}".replace("_", "-")
-            for fault in invalid.errors()
-        )
-        told = (f"{name}: {fault['msg']}" for name, fault in zip(faults, invalid.errors(), strict=True))
+        told = []
+        for fault in invalid.errors():
+            option = "-".join(str(part) for part in fault["loc"]).replace("_", "-")
+            words = fault["msg"].removeprefix("Value error, ")
+            told.append(f"--{option}: {words}" if option else words)
         raise ConfigError("; ".join(told)) from None
     except SettingsError as unreadable:
         raise ConfigError(str(unreadable)) from None

@@ -46,6 +46,20 @@ def test_it_serves_until_it_is_told_to_stop(bundle: Path, stop: signal.Signals) 
         process.kill()
 
 
+def test_it_serves_what_needs_no_training() -> None:
+    command = [sys.executable, "-m", "prime_jax.serve", "--untrained", "3", "--port", "0"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        assert process.stderr is not None
+        address = process.stderr.readline().split()[2]
+        request = {"context_embeddings": [[0, 2, 0], [0, 0, 1]], "query_embedding": [5, 0, 0]}
+        answer = httpx.post(f"{address}/predict", json=request).json()["predicted_embedding"]
+        expected = np.array([1, 0.15, 0.3])
+        np.testing.assert_allclose(answer, expected / np.linalg.norm(expected), atol=1e-6)
+    finally:
+        process.kill()
+
+
 def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--run", str(tmp_path / "nowhere")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
@@ -53,8 +67,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     )
     assert main(["--run", "x", "--port", "99999"]) == 2
     assert "prime-jax serve: --port: Input should be less than or equal to 65535" in capsys.readouterr().err
-    assert main([]) == 2
-    assert "prime-jax serve: --run: Field required" in capsys.readouterr().err
+    for words in ([], ["--run", "x", "--untrained", "8"]):
+        assert main(words) == 2
+        assert "prime-jax serve: name a --run, or --untrained with the" in capsys.readouterr().err
+    assert main(["--untrained", "8", "--encoder", "minilm"]) == 2
+    assert "--encoder goes with --run" in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(bundle: Path) -> None:
