@@ -162,8 +162,8 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
         return mix_of(MixConfig(**shape), weight, float(settings.get("decay", 0.0))), None
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     kernel, bias = linear_weights(candidate.name, settings, compared.splits["train"], corpus)
-    of = "query" if candidate.name == "ridge" else "context"
-    model = mix_of(MixConfig(**shape, linear=of, keep_query=bool(settings["residual"])), 0.0, 0.0)
+    shape |= {"linear": "query" if candidate.name == "ridge" else "context"}
+    model = mix_of(MixConfig(**shape, keep_query=bool(settings["residual"])), 0.0, 0.0)
     model.linear_map.kernel.set_value(jnp.asarray(kernel, jnp.float32))
     model.linear_map.bias.set_value(jnp.asarray(bias, jnp.float32))
     return model, None

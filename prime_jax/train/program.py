@@ -108,7 +108,7 @@ class TrainingProgram:
         self._graph = graph
         self._corpus: Corpus | None = None
         if settings.negatives == "corpus":
-            self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh)
+            self._corpus = in_chunks(data.corpus()[:], settings.corpus_chunk, self.mesh, data.corpus_scope)
         self._compiled: dict[tuple[int, ...], Any] = {}  # by the shape of the texts, where there are any
 
     def initial_state(self, weights: Any | None = None) -> TrainState:

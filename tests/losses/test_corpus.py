@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import Mesh
 
 from prime_jax.losses.contrastive import info_nce
 from prime_jax.losses.corpus import corpus_info_nce, in_chunks
@@ -85,6 +86,47 @@ def test_every_right_answer_of_a_row_is_to_be_found(chunk: int) -> None:
         jax.grad(lambda p, loss=loss: loss(p).sum())(predicted) for loss in (streamed, dense_mean)
     )
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+
+
+SCOPES = np.where(np.arange(ROWS) % 2, 7, np.where(np.arange(ROWS) < 8, -1, 40))
+"""Right answers of a row share one, as the data contract asks."""
+SCOPED = np.array([[3, -1, -1], [22, 20, -1], [5, 21, 7], [0, 2, 4]])
+
+
+@pytest.mark.parametrize("devices", [None, 1, 4])
+@pytest.mark.parametrize("chunk", [3, 23])
+def test_only_passages_of_a_rows_own_scope_are_its_negatives(chunk: int, devices: int | None) -> None:
+    mesh = None if devices is None else Mesh(np.array(jax.devices()[:devices]), ("data",))
+    corpus, given = in_chunks(PASSAGES, chunk, mesh, SCOPES), batch(SCOPED)
+    predicted = jnp.asarray(RNG.normal(size=(4, DIM)), jnp.float32)
+
+    def streamed(predicted: jax.Array) -> jax.Array:
+        return corpus_info_nce(predicted, given, corpus, temperature=0.1).loss
+
+    def dense_in_scope(predicted: jax.Array) -> jax.Array:
+        predicted = predicted / jnp.linalg.norm(predicted, axis=1, keepdims=True)
+        logits, losses = predicted @ UNIT.T / 0.1, []
+        for row, ids in zip(logits, SCOPED, strict=True):
+            same = np.flatnonzero(SCOPES[ids[0]] == SCOPES)
+            kept = [passage for passage in same if passage == ids[0] or passage not in ids]
+            losses.append(jax.nn.logsumexp(row[jnp.array(kept)]) - row[ids[0]])
+        return jnp.stack(losses)
+
+    np.testing.assert_allclose(jax.jit(streamed)(predicted), dense_in_scope(predicted), rtol=1e-5, atol=1e-5)
+    ours, theirs = (
+        jax.grad(lambda p, loss=loss: loss(p).sum())(predicted) for loss in (streamed, dense_in_scope)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * np.abs(theirs).max())
+    sizes = [np.sum(SCOPES[ids[0]] == SCOPES) - np.sum(ids >= 0) for ids in SCOPED]
+    np.testing.assert_array_equal(corpus_info_nce(predicted, given, corpus).negatives, sizes)
+
+
+def test_one_scope_for_all_is_no_scope() -> None:
+    corpus = in_chunks(PASSAGES, 8, scope=np.full(ROWS, -1))
+    assert corpus.scope is None
+    predicted = jnp.asarray(RNG.normal(size=(4, DIM)), jnp.float32)
+    plain = corpus_info_nce(predicted, batch(), in_chunks(PASSAGES, 8))
+    np.testing.assert_array_equal(corpus_info_nce(predicted, batch(), corpus).loss, plain.loss)
 
 
 def test_every_other_passage_is_a_negative() -> None:
