@@ -15,6 +15,7 @@ _COMMANDS = {
         "prime_jax.data.pydocs",
         "make a corpus of the documentation installed on this machine",
     ),
+    "combine": ("prime_jax.data.combine", "make one data folder of several, to train on all of them"),
     "encode": ("prime_jax.data.encode", "encode the texts of a data folder into its embedding store"),
     "steering": ("prime_jax.data.steering", "make clusters, steering and hard negatives for JASPER"),
     "train": ("prime_jax.train.__main__", "train a predictor from a YAML config"),
@@ -27,7 +28,7 @@ _COMMANDS = {
     "inspect": ("prime_jax.export.inspection", "show what is inside a run, a checkpoint or a bundle"),
     "verify": ("prime_jax.export.verification", "check every file, the signature and the golden answers"),
 }
-_DATA_COMMANDS = ("pydocs", "encode", "steering")  # also reached as `prime-jax data encode`
+_DATA_COMMANDS = ("pydocs", "combine", "encode", "steering")  # also reached as `prime-jax data encode`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

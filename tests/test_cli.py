@@ -11,12 +11,14 @@ from prime_jax._version import __version__
 
 MODULES = {
     "pydocs": "prime_jax.data.pydocs",
+    "combine": "prime_jax.data.combine",
     "encode": "prime_jax.data.encode",
     "steering": "prime_jax.data.steering",
     "train": "prime_jax.train.__main__",
     "sweep": "prime_jax.train.sweep",
     "evaluate": "prime_jax.evaluate.__main__",
     "explain": "prime_jax.explain.__main__",
+    "tune": "prime_jax.export.tune",
     "serve": "prime_jax.serve.__main__",
     "export": "prime_jax.export.__main__",
     "inspect": "prime_jax.export.inspection",
@@ -69,11 +71,11 @@ def test_data_commands_have_a_two_word_form(command: str, monkeypatch: pytest.Mo
         (["evalute", "--run", "x"], "prime-jax: unknown command 'evalute'; did you mean 'evaluate'?"),
         (
             ["xyz"],
-            "prime-jax: unknown command 'xyz'; choose from pydocs, encode, steering, train, sweep, "
-            "evaluate, explain, serve, export, inspect, verify",
+            "prime-jax: unknown command 'xyz'; choose from pydocs, combine, encode, steering, "
+            "train, sweep, evaluate, explain, tune, serve, export, inspect, verify",
         ),
         (["data", "encod"], "prime-jax: unknown command 'encod'; did you mean 'encode'?"),
-        (["data", "xyz"], "prime-jax: unknown command 'xyz'; choose from pydocs, encode, steering"),
+        (["data", "xyz"], "prime-jax: unknown command 'xyz'; choose from pydocs, combine, encode, steering"),
     ],
 )
 def test_unknown_command_names_the_nearest(

@@ -40,12 +40,16 @@ def text_value(row: Mapping[str, Any], key: str, place: str) -> str:
     return _text(_value(row, key, place), f"{place}: '{key}'")
 
 
-def text_list(row: Mapping[str, Any], key: str, place: str) -> tuple[str, ...]:
-    """The list of texts under `key`; it may be empty, its texts may not."""
+def text_list(row: Mapping[str, Any], key: str, place: str, *, skip_empty: bool = False) -> tuple[str, ...]:
+    """The list of texts under `key`; it may be empty. Empty texts are refused, or left out."""
     values = _value(row, key, place)
     if not isinstance(values, list):
         raise DataError(f"{place}: '{key}' must be a list of strings, not {_kind(values)}")
-    return tuple(_text(text, f"{place}: '{key}'[{at}]") for at, text in enumerate(values))
+    return tuple(
+        _text(text, f"{place}: '{key}'[{at}]")
+        for at, text in enumerate(values)
+        if not (skip_empty and isinstance(text, str) and not text.strip())
+    )
 
 
 def parse(text: str, place: str) -> Any:

@@ -88,7 +88,8 @@ def load_dataset(folder: Path, splits: Sequence[str] | None = None) -> Dataset:
     """Read a data folder.
 
     In train an id may come again with another query or other answers (one question with several proofs); that
-    is reported as a warning. Everywhere else, and for the same line twice, a repeated id is an error.
+    is reported as a warning. Everywhere else, and for the same line twice, a repeated id is an error. Turns
+    without text, as logs have them, are left out with a warning.
 
     Args:
         folder: Holds `corpus.jsonl` and one `<split>.jsonl` per split.
@@ -156,8 +157,10 @@ def _read_corpus(path: Path) -> dict[str, Passage]:
 def _read_split(path: Path, split: str, corpus: Mapping[str, Passage]) -> Iterator[Example]:
     seen: dict[str, list[tuple[str, Example]]] = {}
     repeated: list[str] = []
+    silent: list[str] = []
     for place, row in read_lines(path):
         example = _example(row, place, corpus)
+        silent += [place] * (len(row["context"]) - len(example.context))
         for earlier, other in seen.get(example.id, ()):
             if split != "train" or other == example:
                 raise DataError(f"{place}: the id '{example.id}' is there twice (see {earlier})")
@@ -170,13 +173,18 @@ def _read_split(path: Path, split: str, corpus: Mapping[str, Passage]) -> Iterat
             f"{path}: {len(repeated)} examples repeat the id of another one, the first at {repeated[0]}",
             stacklevel=3,
         )
+    if silent:
+        warnings.warn(
+            f"{path}: {len(silent)} turns have no text and are left out, the first at {silent[0]}",
+            stacklevel=3,
+        )
 
 
 def _example(row: Mapping[str, Any], place: str, corpus: Mapping[str, Passage]) -> Example:
     extra = _extra(row, ("id", "context", "query", "positives", "negatives", "exclude", "scope"), place)
     example = Example(
         id=text_value(row, "id", place),
-        context=text_list(row, "context", place),
+        context=text_list(row, "context", place, skip_empty=True),
         query=text_value(row, "query", place),
         positives=_ids(row, "positives", place, corpus),
         negatives=_ids(row, "negatives", place, corpus) if "negatives" in row else (),
