@@ -20,12 +20,14 @@ if TYPE_CHECKING:
         WrongAnswerError,
     )
     from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
+    from prime_jax.predict.adapter import load_adapter
     from prime_jax.predict.predictor import Predictor, load
     from prime_jax.predict.schema import PredictorInput, PredictorOutput
     from prime_jax.predict.untrained import untrained
 
 _HOME = {
     "load": "prime_jax.predict.predictor",
+    "load_adapter": "prime_jax.predict.adapter",
     "untrained": "prime_jax.predict.untrained",
     "Predictor": "prime_jax.predict.predictor",
     "EmbeddingPredictor": "prime_jax.models.prime",
@@ -60,6 +62,7 @@ __all__ = [
     "WrongAnswerError",
     "__version__",
     "load",
+    "load_adapter",
     "untrained",
 ]
 

@@ -97,17 +97,21 @@ def _scope(name: str, scope: str | None) -> str:
 
 
 def _renamed(example: Example, name: str) -> Example:
-    ids = {
-        key: tuple(f"{name}/{one}" for one in getattr(example, key))
-        for key in ("positives", "negatives", "exclude")
-    }
     extra = dict(example.extra)
     if CONVERSATION in extra:
         extra[CONVERSATION] = f"{name}/{extra[CONVERSATION]}"
-    return replace(example, id=f"{name}/{example.id}", scope=_scope(name, example.scope), extra=extra, **ids)
+    return replace(
+        example,
+        id=f"{name}/{example.id}",
+        positives=tuple(f"{name}/{one}" for one in example.positives),
+        negatives=tuple(f"{name}/{one}" for one in example.negatives),
+        exclude=tuple(f"{name}/{one}" for one in example.exclude),
+        scope=_scope(name, example.scope),
+        extra=extra,
+    )
 
 
-def _some(examples: Sequence[Example], most: int | None, seed: int) -> Sequence[Example]:
+def _some(examples: tuple[Example, ...], most: int | None, seed: int) -> Sequence[Example]:
     """About so many of them: whole conversations in random order until there are enough; in their order."""
     if most is not None and most < 1:
         raise DataError(f"combine: {most} examples of a set are none")
@@ -120,7 +124,7 @@ def _some(examples: Sequence[Example], most: int | None, seed: int) -> Sequence[
     place = np.random.default_rng(seed).permutation(int(labels.max()) + 1)[labels]
     counts = np.bincount(place).cumsum()
     last = int(np.argmin(np.abs(counts - most)))
-    return [examples[row] for row in np.flatnonzero(place <= last)]
+    return [examples[int(row)] for row in np.flatnonzero(place <= last)]
 
 
 if __name__ == "__main__":

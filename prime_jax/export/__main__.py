@@ -45,6 +45,9 @@ def _parser() -> ArgumentParser:
         help="what needs no training: for embeddings of a dimension, or reading texts with an encoder",
     )
     source.add_argument(
+        "--from-adapter", type=user_path, metavar="FILE", help="an adapter, added to its --encoder"
+    )
+    source.add_argument(
         "--baseline", metavar="NAME", help=f"a tuned baseline, of {', '.join(UNTRAINED)}; needs --data"
     )
     parser.add_argument(
@@ -64,6 +67,12 @@ def _parser() -> ArgumentParser:
     parser.add_argument("--licence", metavar="TEXT", help="terms of the weights, for the model card")
     parser.add_argument("--sign", type=user_path, metavar="KEY", help=f"private key; password in ${PASSWORD}")
     parser.add_argument(
+        "--adapter",
+        type=user_path,
+        metavar="FILE",
+        help="also write what a run with train.lora_rank adds to its encoder, a few megabytes",
+    )
+    parser.add_argument(
         "--triton", type=user_path, metavar="DIR", help="also write a Triton model repository"
     )
     return parser
@@ -77,6 +86,8 @@ def _check(given: Namespace) -> None:
         raise ExportError("--baseline is tuned on dev: name the data folder with --data")
     if given.run is None and given.precision != "fp32":
         raise ExportError("--precision goes with --run and its data; weights alone cannot be judged")
+    if given.adapter is not None and (given.run is None or given.adapter.suffix != ".safetensors"):
+        raise ExportError("--adapter FILE.safetensors goes with --run")
     if given.untrained is not None and given.data is not None:
         raise ExportError("--untrained looks at no data; --baseline is tuned on --data")
     if given.torch is None and given.like is not None:
@@ -112,7 +123,7 @@ def _export(given: Namespace) -> dict[str, Any]:
         private_key=given.sign,
         password=os.environ.get(PASSWORD),
     )
-    if given.untrained is not None:
+    if given.untrained is not None or given.from_adapter is not None:
         parity = _untrained(given, options)
     elif given.baseline is not None:
         parity = _baseline(given, options)
@@ -131,6 +142,8 @@ def _export(given: Namespace) -> dict[str, Any]:
             encoder=_encoders_of(predictor),
             source=Path(predictor.info()["source"]),
         )
+    if given.adapter is not None:
+        _adapter(given, predictor)
     if given.triton is not None:
         write_repository(given.out, given.triton)
     return parity
@@ -184,16 +197,35 @@ def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
 
 
 def _untrained(given: Namespace, options: Any) -> dict[str, Any]:
-    """A bundle of what needs no training."""
+    """A bundle of what needs no training here."""
     from prime_jax.export.bundle import facts_of, write_bundle
+    from prime_jax.predict.adapter import load_adapter
     from prime_jax.predict.untrained import untrained
 
-    of = {"dim": int(given.untrained)} if given.untrained.isdecimal() else {"encoder": given.untrained}
-    predictor = untrained(**of, max_turns=given.max_turns, query_prefix=given.query_prefix)
+    if given.from_adapter is not None:
+        predictor = load_adapter(given.from_adapter, given.encoder or "minilm")
+    else:
+        of = {"dim": int(given.untrained)} if given.untrained.isdecimal() else {"encoder": given.untrained}
+        predictor = untrained(**of, max_turns=given.max_turns, query_prefix=given.query_prefix)
     source = predictor.info().get("source")
     folder = None if source is None else Path(source)
     facts = facts_of(predictor, given.out)
     return write_bundle(predictor.model, given.out, facts=facts, options=options, source=folder)
+
+
+def _adapter(given: Namespace, predictor: Any) -> None:
+    """What a run adds to its encoder, as a file."""
+    from prime_jax.export.adapter import write_adapter
+    from prime_jax.predict.text import encoder_of
+
+    config = predictor.config
+    if config is None or not config.model.reads_text or not config.train.lora_rank:
+        raise ExportError(f"--adapter: {given.run} is no run of a text predictor with train.lora_rank")
+    facts = {name: predictor.info()[name] for name in ("data_hash", "metrics") if name in predictor.info()}
+    facts |= {"query_prefix": config.data.query_prefix}
+    facts |= {} if given.licence is None else {"licence": given.licence}
+    encoder: Any = encoder_of(predictor)  # trained from it, so its weights are at hand
+    write_adapter(predictor.model, encoder, given.adapter, rank=config.train.lora_rank, facts=facts)
 
 
 def _baseline(given: Namespace, options: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Beside every matrix `[I, O]` of the transformer layers lie `a [I, r]` and `b [r,
 the matrix plus `a @ b`. The optimizer keeps moments of `a` and `b` alone.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -67,6 +68,19 @@ def with_adapters(params: Any, adapters: Any | None) -> Any:
     return with_layers(params, add(layers_of(params), adapters))
 
 
+def change_frozen(params: Any, change: Callable[[Any], Any]) -> Any:
+    """A model's parameters with those changed that frozen layers mean.
+
+    These are the layers; where they belong to an encoder within the model, its embeddings and norms, too.
+    """
+    if LAYERS in params:
+        return {**params, LAYERS: change(params[LAYERS])}
+    return {
+        name: change(part) if isinstance(part, dict) and LAYERS in part else part
+        for name, part in params.items()
+    }
+
+
 def without_gradient(params: Any) -> Any:
-    """A model's parameters, the layers held fixed."""
-    return with_layers(params, jax.lax.stop_gradient(layers_of(params)))
+    """A model's parameters, what is frozen held fixed."""
+    return change_frozen(params, jax.lax.stop_gradient)

@@ -9,7 +9,7 @@ import optax
 from prime_jax.config import TrainingConfig
 from prime_jax.losses.objective import TARGET_HEAD
 from prime_jax.models.subspace import CENTROIDS
-from prime_jax.train.adapters import layers_of, with_layers
+from prime_jax.train.adapters import change_frozen, layers_of, with_layers
 from prime_jax.train.encoders import X, Y
 from prime_jax.train.state import MODEL
 
@@ -54,7 +54,7 @@ def make_optimizer(config: TrainingConfig, updates: int) -> optax.GradientTransf
 
 
 def layers_frozen(config: TrainingConfig) -> bool:
-    """Whether the transformer layers stay as they start."""
+    """Whether the transformer layers, and all of an encoder that they belong to, stay as they start."""
     return config.layers_lr_multiplier == 0 or config.lora_rank > 0
 
 
@@ -63,9 +63,8 @@ def _moved(without_layers: bool, without_y: bool, params: Any) -> Any:
     kept = jax.tree.map(lambda _: True, params)
     if Y in kept:
         kept[Y] = jax.tree.map(lambda _: not without_y, kept[Y])
-    layers = layers_of(kept.get(MODEL))
-    if without_layers and layers is not None:
-        kept[MODEL] = with_layers(kept[MODEL], jax.tree.map(lambda _: False, layers))
+    if without_layers and MODEL in kept:
+        kept[MODEL] = change_frozen(kept[MODEL], partial(jax.tree.map, lambda _: False))
     return kept
 
 

@@ -1,0 +1,82 @@
+"""Writing an adapter: what a text predictor adds to its encoder, a few megabytes instead of ninety."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from numpy import ndarray
+
+from prime_jax.errors import ExportError
+from prime_jax.files import atomic_path
+from prime_jax.models.text import TextPredictor
+from prime_jax.predict.adapter import FORMAT, name_of
+from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.train.text_start import starting_params
+
+TOLERANCE = 1e-4  # of a matrix's change, relative to its norm, that a product of low rank may miss
+_OF_ENCODER = ("encoder", "pooling", "lower_case", "separator_id")
+
+
+def write_adapter(
+    model: TextPredictor, encoder: BertTextEncoder, file: Path, *, rank: int, facts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write what a model adds to its encoder.
+
+    Args:
+        model: Trained with `train.lora_rank`: only low-rank updates and roles differ from the encoder.
+        encoder: What it started from.
+        file: Where to write, with the ending `.safetensors`.
+        rank: Rank of the updates, at least that of training.
+        facts: Further facts for the file, such as `licence` and `attribution`; JSON values.
+
+    Returns:
+        `bytes` of the file, and `missed`, the largest relative difference of a matrix to the model's.
+
+    Raises:
+        ExportError: If the model changed more than updates of that rank can say; the message says where.
+    """
+    before = dict(_leaves(starting_params(model.config, encoder)))
+    after = dict(_leaves(nnx.to_pure_dict(nnx.state(model, nnx.Param))))
+    tensors: dict[str, ndarray] = {}
+    missed = 0.0
+    for name, now in after.items():
+        change = np.asarray(now, np.float64) - np.asarray(before[name], np.float64)
+        if not np.any(change):
+            continue
+        if name == "roles":
+            tensors[name] = np.asarray(now, np.float32)
+            continue
+        if change.ndim != 2 or "/layers/" not in name:
+            raise ExportError(
+                f"{name} was trained, and an adapter holds updates of matrices in layers alone; train with "
+                "train.lora_rank"
+            )
+        left, strength, right = np.linalg.svd(change, full_matrices=False)
+        rest = float(np.linalg.norm(strength[rank:]) / np.linalg.norm(strength))
+        if rest > TOLERANCE:
+            raise ExportError(
+                f"{name}: rank {rank} leaves {rest:.2g} of what was trained out; take that of train.lora_rank "
+                "and train with train.params_dtype float32"
+            )
+        missed = max(missed, rest)
+        root = np.sqrt(strength[:rank])
+        tensors[f"{name}/a"] = (left[:, :rank] * root).astype(np.float32)
+        tensors[f"{name}/b"] = (root[:, None] * right[:rank]).astype(np.float32)
+    if not tensors:
+        raise ExportError("the model is its encoder as it was: there is nothing to write")
+    settings = model.config.model_dump(mode="json", exclude={*_OF_ENCODER, "checkpoint_path"})
+    told = {"format": FORMAT, "encoder": encoder.identity, "model": settings, **facts}
+    from safetensors.numpy import save
+
+    with atomic_path(file) as temporary:
+        temporary.write_bytes(save(tensors, metadata={"prime_jax": json.dumps(told, sort_keys=True)}))
+    return {"bytes": file.stat().st_size, "missed": missed}
+
+
+def _leaves(params: Any) -> Iterator[tuple[str, Any]]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        yield name_of(path), leaf

@@ -1,0 +1,121 @@
+"""A text predictor as what it adds to its encoder: a file of one to three megabytes in place of ninety.
+
+The file holds, for every matrix of the encoder's layers, the low-rank update `a @ b` that training made
+(LoRA, arXiv 2106.09685), and says which encoder it belongs to. Nothing in it names code.
+`prime_jax.export.adapter` writes it.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from numpy import ndarray
+from pydantic import ValidationError
+
+from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.models.bundle import read_tensors
+from prime_jax.models.text import TextConfig, TextPredictor
+from prime_jax.predict.predictor import Predictor
+from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.train.text_start import reading_config, starting_params
+
+FORMAT = "prime-jax adapter 1"
+MOST_BYTES = 64 * 1024 * 1024
+
+
+def read_facts(file: Path) -> dict[str, Any]:
+    """What an adapter's file says of itself.
+
+    Raises:
+        CheckpointError: If it is missing, damaged, or something else.
+    """
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            if size > min(MOST_BYTES, file.stat().st_size):
+                raise ValueError("its header is longer than the file")
+            told: Any = json.loads(json.loads(stream.read(size))["__metadata__"]["prime_jax"])
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: the file is missing") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
+        raise CheckpointError(f"{file}: not an adapter ({broken})") from None
+    if not isinstance(told, dict) or told.get("format") != FORMAT:
+        raise CheckpointError(f"{file}: not an adapter of the format {FORMAT!r}")
+    return told
+
+
+def load_adapter(file: Path, encoder: Encoder | str = "minilm") -> Predictor:
+    """A text predictor: an encoder with an adapter added.
+
+    Args:
+        file: What `prime_jax.export.adapter` wrote.
+        encoder: The encoder it belongs to, or the name that `data.encoder` takes.
+
+    Raises:
+        CheckpointError: If the file is missing, damaged, or belongs to another encoder.
+        ConfigError: If there is no such encoder.
+    """
+    told = read_facts(file)
+    found = load_encoder(encoder) if isinstance(encoder, str) else encoder
+    if not isinstance(found, BertTextEncoder):
+        raise ConfigError(f"{file}: the weights of the encoder {encoder!r} are not at hand")
+    if told.get("encoder") != found.identity:
+        raise CheckpointError(
+            f"{file}: belongs to the encoder {told.get('encoder')}, the one given is {found.identity}"
+        )
+    try:
+        config = reading_config(TextConfig(**told["model"]), found, str(encoder))
+    except (ValidationError, KeyError, TypeError) as unfit:
+        raise CheckpointError(f"{file}: does not describe a model ({unfit})") from None
+    params = _added(starting_params(config, found), _tensors(file), file)
+    graph = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[0]
+    model: TextPredictor = nnx.merge(graph, params)
+    facts = {name: told[name] for name in told if name not in ("format", "model")}
+    return Predictor(model, facts={"source": str(found.source.transformer), "adapter": str(file), **facts})
+
+
+def _added(params: Any, tensors: Mapping[str, ndarray], file: Path) -> Any:
+    """The parameters with an adapter's updates; every tensor must have its place."""
+    open_ = dict(tensors)
+
+    def changed(path: Any, leaf: Any) -> Any:
+        name = name_of(path)
+        if name in open_ and name == "roles":
+            return _fitting(open_.pop(name), leaf.shape, name, file)
+        if f"{name}/a" not in open_:
+            return leaf
+        a, b = open_.pop(f"{name}/a"), open_.pop(f"{name}/b", np.zeros((0, 0), np.float32))
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
+            raise CheckpointError(f"{file}: {name} has factors of shapes {a.shape} and {b.shape}")
+        update = jnp.matmul(jnp.asarray(a), jnp.asarray(b), precision=jax.lax.Precision.HIGHEST)
+        return leaf + _fitting(np.asarray(update), leaf.shape, name, file)
+
+    found = jax.tree_util.tree_map_with_path(changed, params)
+    for name in open_:
+        raise CheckpointError(f"{file}: {name} has no place in this encoder")
+    return found
+
+
+def _fitting(value: ndarray, shape: tuple[int, ...], name: str, file: Path) -> ndarray:
+    if value.shape != shape or value.dtype != np.float32 or not np.isfinite(value).all():
+        raise CheckpointError(
+            f"{file}: {name} must be finite float32 of shape {shape}, found {value.dtype} {value.shape}"
+        )
+    return value
+
+
+def _tensors(file: Path) -> dict[str, ndarray]:
+    if file.stat().st_size > MOST_BYTES:
+        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes are no adapter")
+    return read_tensors(file)
+
+
+def name_of(path: Any) -> str:
+    """A parameter's name in the file: the keys of the nested dicts that lead to it."""
+    return "/".join(str(part.key) for part in path)

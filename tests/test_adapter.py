@@ -1,0 +1,129 @@
+"""What a text predictor adds to its encoder, as a file: written, read, exported, and refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_bert
+from safetensors.numpy import load_file, save_file
+
+import prime_jax
+from prime_jax.errors import CheckpointError, ConfigError, ExportError
+from prime_jax.export.__main__ import main as export
+from prime_jax.export.adapter import write_adapter
+from prime_jax.predict.adapter import load_adapter, read_facts
+from prime_jax.pretrained.bert import BertTextEncoder
+from prime_jax.train.__main__ import main as train
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+TALKS, QUERIES = [["the cat sat", "rain fell"], []], ["dogs ran home", "a mat"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_bert.write_folder(tmp_path_factory.mktemp("encoder") / "tiny", tiny_bert.tensors())
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the shipped configuration, only smaller."""
+    root = tmp_path_factory.mktemp("adapted")
+    data = tiny_bert.write_texts(root / "data")
+    settings = [
+        *("--config", str(CONFIGS / "general.yaml"), "--model.input-dim", "32", "--model.output-dim", "32"),
+        *("--model.max-tokens", "32", "--train.batch-size", "8", "--train.learning-rate", "0.05"),
+        *("--train.lora-rank", "3", "--data.encoder", str(folder), "--data.path", str(data)),
+        *("--mesh.data", "1", "--train.blend-with-start", "false"),
+    ]
+    assert train([*settings, "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+@pytest.fixture(scope="module")
+def file(run: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("files")
+    told = ["--run", str(run), "--out", str(out / "bundle"), "--adapter", str(out / "small.safetensors")]
+    assert export([*told, "--licence", "CC BY-SA 4.0"]) == 0
+    return out / "small.safetensors"
+
+
+def test_encoder_and_adapter_are_the_run(run: Path, file: Path, folder: Path) -> None:
+    expected = prime_jax.load(run).predict_text(TALKS, QUERIES)
+    predictor = prime_jax.load_adapter(file, str(folder))
+    np.testing.assert_allclose(predictor.predict_text(TALKS, QUERIES), expected, atol=1e-5)
+    before = prime_jax.untrained(encoder=str(folder), weight=0.0).predict_text(TALKS, QUERIES)
+    assert np.abs(expected - before).max() > 0.01
+    assert predictor.info()["licence"] == "CC BY-SA 4.0"
+    assert file.stat().st_size < 30_000  # the encoder has 110,000 bytes
+    names = {name.rsplit("/", 1)[0] for name in load_file(file)}
+    assert all(name == "roles" or "/layers/" in name for name in names)
+
+
+def test_it_is_exported_like_any_other(run: Path, file: Path, folder: Path, tmp_path: Path) -> None:
+    told = ["--from-adapter", str(file), "--encoder", str(folder), "--out", str(tmp_path / "bundle")]
+    assert export(told) == 0
+    np.testing.assert_allclose(
+        prime_jax.load(tmp_path / "bundle").predict_text(TALKS, QUERIES),
+        prime_jax.load(run).predict_text(TALKS, QUERIES),
+        atol=1e-5,
+    )
+
+
+def test_what_is_no_low_rank_update_is_not_written(run: Path, folder: Path, tmp_path: Path) -> None:
+    model: Any = prime_jax.load(run).model
+    encoder, out = BertTextEncoder(folder), tmp_path / "x.safetensors"
+    with pytest.raises(ExportError, match=r"rank 1 leaves .* take that of train\.lora_rank"):
+        write_adapter(model, encoder, out, rank=1, facts={})
+    untouched: Any = prime_jax.untrained(encoder=encoder).model
+    with pytest.raises(ExportError, match="nothing to write"):
+        write_adapter(untouched, encoder, out, rank=3, facts={})
+    untouched.encoder.words.embedding.set_value(untouched.encoder.words.embedding[...] + 1)
+    with pytest.raises(ExportError, match="words/embedding was trained"):
+        write_adapter(untouched, encoder, out, rank=3, facts={})
+    assert not out.exists()
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: Path) -> None:
+    encoder, broken = BertTextEncoder(folder), tmp_path / "broken.safetensors"
+    told, tensors = read_facts(file), load_file(file)
+    other = tiny_bert.write_folder(tmp_path / "other", tiny_bert.tensors(seed=1))
+    with pytest.raises(CheckpointError, match="belongs to the encoder"):
+        load_adapter(file, str(other))
+    with pytest.raises(CheckpointError, match="the file is missing"):
+        load_adapter(tmp_path / "nowhere.safetensors", encoder)
+    with pytest.raises(ConfigError):
+        load_adapter(file, "nowhere")
+
+    def refused(message: str, facts: dict[str, Any] = told, **changed: Any) -> None:
+        save_file({**tensors, **changed}, broken, metadata={"prime_jax": json.dumps(facts)})
+        with pytest.raises(CheckpointError, match=message):
+            load_adapter(broken, encoder)
+
+    name = next(name for name in tensors if name.endswith("/a"))
+    refused("not an adapter of the format", {**told, "format": "prime-jax adapter 9"})
+    refused("does not describe a model", {**told, "model": {"kind": "text", "max_tokens": 3}})
+    refused("finite float32", **{name: np.full_like(tensors[name], np.nan)})
+    refused("factors of shapes", **{name: tensors[name][:, :1]})
+    refused("must be finite float32 of shape", **{name: tensors[name][:5]})
+    refused("has no place in this encoder", more=np.zeros(3, np.float32))
+    broken.write_bytes(b"\xff" * 100)
+    with pytest.raises(CheckpointError, match="not an adapter"):
+        load_adapter(broken, encoder)
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        (["--untrained", "6", "--adapter", "x.safetensors"], "goes with --run"),
+        (["--run", "{run}", "--adapter", "x.bin"], "goes with --run"),
+    ],
+)
+def test_options_that_make_no_sense(
+    told: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = [word.format(run=run) for word in told]
+    assert export([*told, "--out", str(tmp_path / "bundle")]) == 2
+    assert message in capsys.readouterr().err
