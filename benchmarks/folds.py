@@ -28,9 +28,9 @@ from benchmarks.common import facts
 from benchmarks.rivals import PACKAGES, conclusion, filled, in_command, options_of, say, show, stored_in
 from benchmarks.rivals_methods import Task
 from benchmarks.study import Opened
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.records import Dataset, Example, load_dataset, write_dataset
 from prime_jax.errors import DataError
-from prime_jax.evaluate.run import conversations
 from prime_jax.files import write_json
 
 CHOSEN = "chosen"
@@ -51,7 +51,7 @@ def values_of(example: Example, key: str) -> list[str]:
 
 def cut(examples: Sequence[Example], folds: int, apart: str | None) -> list[tuple[ndarray, ndarray]]:
     """For each fold, which records are trained on and which are judged, as masks."""
-    labels, random = conversations(examples), np.random.default_rng(0)
+    labels, random = conversation_labels(examples), np.random.default_rng(0)
     of_conversation = (random.permutation(int(labels.max()) + 1) % folds)[labels]
     if apart is None:
         return [(of_conversation != fold, of_conversation == fold) for fold in range(folds)]
@@ -117,7 +117,7 @@ def _on_dev(cells: Mapping[str, Any]) -> float:
 
 def all_folds(tasks: Sequence[Task], train: Sequence[Example]) -> Opened:
     """What was judged in all folds, as one split."""
-    label = dict(zip((example.id for example in train), conversations(train).tolist(), strict=True))
+    label = dict(zip((example.id for example in train), conversation_labels(train).tolist(), strict=True))
     first, judged = tasks[0].data, [task.data.judged for task in tasks]
     positives = [answers for split in judged for answers in split.positives]
     return first._replace(

@@ -20,9 +20,9 @@ from numpy import ndarray
 
 from benchmarks.common import facts
 from benchmarks.rivals import PACKAGES, filled, in_command, options_of, say, stored_in
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.records import Dataset, Example, load_dataset, write_dataset
 from prime_jax.errors import DataError
-from prime_jax.evaluate.run import conversations
 from prime_jax.files import atomic_path, write_json
 
 SHOWN = ("MRR@10", "unseen MRR@10")
@@ -30,7 +30,7 @@ SHOWN = ("MRR@10", "unseen MRR@10")
 
 def first_conversations(examples: Sequence[Example], size: int) -> ndarray:
     """Which records the part of about `size` records has, as a mask; whole conversations in random order."""
-    labels = conversations(examples)
+    labels = conversation_labels(examples)
     place = np.random.default_rng(0).permutation(int(labels.max()) + 1)[labels]
     counts = np.bincount(place).cumsum()
     last = int(np.argmin(np.abs(counts - size)))

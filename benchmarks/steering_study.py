@@ -30,12 +30,13 @@ from prime_jax import load
 from prime_jax.config import Config, read_config
 from prime_jax.data.embedded import embed_dataset
 from prime_jax.data.encode import load_encoder
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.prepare import prepare
 from prime_jax.data.steered import VARIANTS, ZERO, Steering, open_steering, steered
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import tune
 from prime_jax.evaluate.evaluation import baselines
-from prime_jax.evaluate.run import conversations, split_arrays
+from prime_jax.evaluate.run import split_arrays
 from prime_jax.evaluate.significance import compare
 from prime_jax.files import read_json, write_json
 from prime_jax.models import Model
@@ -89,7 +90,7 @@ def opened(config: Config, split: str) -> Opened:
         cluster,
         rivals,
         corpus,
-        conversations(dataset.splits[split]),
+        conversation_labels(dataset.splits[split]),
         steering,
     )
 

@@ -27,11 +27,12 @@ from prime_jax import load
 from prime_jax.config import Config, read_config
 from prime_jax.data.embedded import embed_dataset
 from prime_jax.data.encode import load_encoder
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.prepare import prepare
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import tune
 from prime_jax.evaluate.evaluation import baselines
-from prime_jax.evaluate.run import conversations, predictions, split_arrays
+from prime_jax.evaluate.run import predictions, split_arrays
 from prime_jax.evaluate.significance import compare
 from prime_jax.files import read_json, write_json
 from prime_jax.retrieval.metrics import ranking_metrics
@@ -83,7 +84,7 @@ def opened(config: Config, unseen_key: str | None, judged: str = "dev") -> Opene
     if unseen_key is not None:
         fresh = np.array([bool(example.extra[unseen_key]) for example in examples])
     corpus = Corpus(embedded.corpus(), embedded.corpus_scope)
-    return Opened(dataset.hash, splits, splits[judged], corpus, fresh, conversations(examples))
+    return Opened(dataset.hash, splits, splits[judged], corpus, fresh, conversation_labels(examples))
 
 
 def measured(vectors: ndarray, data: Opened, memory: Rows | None = None) -> Figures:

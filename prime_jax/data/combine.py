@@ -12,12 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
+from prime_jax.data.grouping import CONVERSATION, conversation_labels
 from prime_jax.data.records import Dataset, Example, Passage, load_dataset, write_dataset
 from prime_jax.errors import DataError, PredictorError
 from prime_jax.files import user_path
-from prime_jax.retrieval.groups import linked
-
-CONVERSATION = "conversation"  # key of a record that says which conversation it is of, where there is one
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -117,10 +115,7 @@ def _some(examples: tuple[Example, ...], most: int | None, seed: int) -> Sequenc
         raise DataError(f"combine: {most} examples of a set are none")
     if most is None or most >= len(examples):
         return examples
-    if all(CONVERSATION in one.extra for one in examples):
-        labels = np.unique([str(one.extra[CONVERSATION]) for one in examples], return_inverse=True)[1]
-    else:
-        labels = linked([(*one.context, one.query) for one in examples])
+    labels = conversation_labels(examples)
     place = np.random.default_rng(seed).permutation(int(labels.max()) + 1)[labels]
     counts = np.bincount(place).cumsum()
     last = int(np.argmin(np.abs(counts - most)))

@@ -41,6 +41,7 @@ from prime_jax.data.cluster_prediction import CrossFitted, cross_fit, folds_of, 
 from prime_jax.data.clusters import Clusters, cluster_passages, load_faiss, nearest
 from prime_jax.data.embedded import EMPTY, EmbeddedDataset, embed_dataset, gather
 from prime_jax.data.encode import MINILM, Encoder, encode_texts, load_encoder
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.hard_negatives import TIERS, tiered_negatives
 from prime_jax.data.keywords import Vocabulary, keywords_of, name_clusters
 from prime_jax.data.prepare import prepare
@@ -52,7 +53,6 @@ from prime_jax.errors import ConfigError, DataError, PredictorError
 from prime_jax.manifest import MANIFEST, write_manifest
 from prime_jax.nn.encoder_products import EncoderPrecision
 from prime_jax.progress import progress
-from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.vectors import unit
 
 CLUSTERS, COUNTS, KEYWORDS = 32, (3, 4, 3, 2), 8
@@ -164,7 +164,7 @@ def _fit(
     """Predict clusters of train by cross-fitting over groups of examples that share a question or a turn."""
     split = data.splits["train"]
     example, target = pairs_of(split)
-    groups = linked([(*one.context, one.query) for one in dataset.splits["train"]])
+    groups = conversation_labels(dataset.splits["train"])
     sizes = np.bincount(groups)
     folds = folds_of(groups[example], seed=seed)
     questions = data.store.part(split.query_rows[example])

@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int64
 
 from prime_jax.config import DataConfig
 from prime_jax.data.conversations import context_texts
 from prime_jax.data.embedded import EmbeddedDataset, embed_dataset
 from prime_jax.data.encode import Encoder, encode_texts, passage_prefix_for
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.one_text import as_one_text
 from prime_jax.data.prepare import prepare
 from prime_jax.data.records import Dataset, Example
@@ -32,7 +32,6 @@ from prime_jax.locks import exclusive
 from prime_jax.predict.inputs import Request
 from prime_jax.predict.predictor import Predictor, load
 from prime_jax.predict.text import encoder_of
-from prime_jax.retrieval.groups import linked
 from prime_jax.retrieval.indexes import IndexKind, open_index
 from prime_jax.retrieval.topk import Rows
 
@@ -98,7 +97,7 @@ def evaluate_run(
             corpus=searchable(passages),
             memory=None if predictor.target_head is None else searchable(predictor.map_memory(passages)),
             seed=seed,
-            groups=conversations(dataset.splits[split]),
+            groups=conversation_labels(dataset.splits[split]),
             judged=_judged(predictor, test, predicted),
             ablated=ablated(predictor, seen_by(predictor, test), seed) if ablation else None,
         )
@@ -240,11 +239,6 @@ def embed(
         **prefixes,
     )
     return OpenedData(dataset, embedded, encoder, source)
-
-
-def conversations(examples: Sequence[Example]) -> Int64[np.ndarray, " Q"]:
-    """One label per example; those that share a text belong to one conversation and are not independent."""
-    return linked([(*example.context, example.query) for example in examples])
 
 
 def split_arrays(

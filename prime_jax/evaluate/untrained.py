@@ -12,12 +12,13 @@ from numpy import ndarray
 
 from prime_jax.config import DataConfig
 from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.errors import DataError
 from prime_jax.evaluate import UNTRAINED
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import Baseline, Settings, mean_context, query, recency_mix, tune
 from prime_jax.evaluate.linear import linear_weights, ridge, ridge_context
-from prime_jax.evaluate.run import OpenedData, conversations, embed, split_arrays
+from prime_jax.evaluate.run import OpenedData, embed, split_arrays
 from prime_jax.evaluate.significance import interval
 from prime_jax.models import Model
 from prime_jax.models.mix import MixConfig, mix_of
@@ -127,7 +128,7 @@ def compare_untrained(
     wanted = [name for name in UNTRAINED if name in makers and name in only]
     if not wanted:
         raise DataError(f"{', '.join(only)}: not possible with this data and encoder")
-    dev, groups = splits["dev"], conversations(data.dataset.splits["dev"])
+    dev, groups = splits["dev"], conversation_labels(data.dataset.splits["dev"])
     found = []
     with progress("Comparing on dev", len(wanted), "candidates") as advance:
         for name in wanted:

@@ -59,8 +59,8 @@ def write_adapter(
         rest = float(np.linalg.norm(strength[rank:]) / np.linalg.norm(strength))
         if rest > TOLERANCE:
             raise ExportError(
-                f"{name}: rank {rank} leaves {rest:.2g} of what was trained out; take that of train.lora_rank "
-                "and train with train.params_dtype float32"
+                f"{name}: rank {rank} leaves {rest:.2g} of what was trained out; take that of "
+                "train.lora_rank, and train with train.params_dtype float32"
             )
         missed = max(missed, rest)
         root = np.sqrt(strength[:rank])

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Float32, Int64
 from numpy import ndarray
 
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.records import SPLITS
 from prime_jax.errors import DataError, ExportError
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.membership import Closeness, closeness, membership
 from prime_jax.evaluate.run import (
     OpenedData,
-    conversations,
     open_data,
     predictions,
     seen_by,
@@ -129,7 +129,7 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
     return Evidence(
         validation=splits[VALIDATION],
         corpus=Corpus(memory, scope, ExactIndex(memory, scope)),
-        groups=conversations(opened.dataset.splits[VALIDATION]),
+        groups=conversation_labels(opened.dataset.splits[VALIDATION]),
         leak=_leak(predictor, opened, splits, passages, memory),
         requests=interface.requests(
             seen_by(predictor, splits[VALIDATION]), Path(predictor.info()["source"]), predictor.query_prefix
@@ -152,7 +152,7 @@ def _leak(
     sides = []
     for name in ("train", held_out):
         split = splits[name]
-        labels = conversations(opened.dataset.splits[name])
+        labels = conversation_labels(opened.dataset.splits[name])
         rows = _sample(labels)
         predicted = predictions(predictor, _rows_of(split, rows))
         right = [split.positives[row] for row in rows]

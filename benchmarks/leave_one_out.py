@@ -1,0 +1,165 @@
+"""Does a predictor that was trained on other conversations help on these? Leave each set out in turn.
+
+    python -m benchmarks.leave_one_out --out FILE.json [--config configs/general.yaml] [--rows 2000]
+        [--seeds 0] [--only NAME ...] [--keep DIR] NAME=DIR ... [--section.setting=VALUE ...]
+
+For every set a text predictor is trained on all the others together (`prime-jax combine`, about so many
+examples of each), and judged on the dev split of the one that was left out, of which nothing was seen. Its
+rows:
+
+- query; mix, the untrained one with weight 0.3 and decay 0.5; text, the encoder untrained on query and turns,
+  plus the query;
+- general, the trained predictor; general_query and general_mix, the mean of its vector and that of the query
+  or the mix.
+
+Nothing is tuned on a set that is judged. Figures are MRR@10 and P@5 with 95% intervals over conversations,
+and each row's difference to the query. A set that is done is in the file at once, and the same command goes
+on from there; --keep keeps the runs. Embeddings are kept where --data.store says.
+"""
+
+import argparse
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy import ndarray
+
+from benchmarks.common import facts
+from benchmarks.study import trained
+from prime_jax import load, untrained
+from prime_jax.config import Config, read_config
+from prime_jax.data.combine import combined
+from prime_jax.data.encode import load_encoder
+from prime_jax.data.grouping import conversation_labels
+from prime_jax.data.records import load_dataset, write_dataset
+from prime_jax.errors import DataError
+from prime_jax.evaluate.arrays import Corpus, Split, retrieve
+from prime_jax.evaluate.run import embed, split_arrays
+from prime_jax.evaluate.significance import compare, interval
+from prime_jax.files import read_json, write_json
+from prime_jax.models.mix import DECAY, WEIGHT
+from prime_jax.predict.predictor import Predictor
+from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
+from prime_jax.retrieval.mix import RecencyMix
+from prime_jax.retrieval.vectors import unit
+
+METRICS = ("P@5", "MRR@10")
+CONFIG = Path(__file__).parents[1] / "configs" / "general.yaml"
+
+
+def vectors_of(general: Predictor, plain: Predictor, dev: Split) -> dict[str, ndarray]:
+    """What each row searches with, `[Q, E]`, unit norm."""
+    assert dev.context_texts is not None
+    assert dev.query_texts is not None
+    query, mix = unit(dev.query), RecencyMix(WEIGHT, DECAY)(dev.context, dev.mask, dev.query)
+    read = general.predict_text(dev.context_texts, dev.query_texts)
+    return {
+        "query": query,
+        "mix": mix,
+        "text": plain.predict_text(dev.context_texts, dev.query_texts),
+        "general": read,
+        "general_query": unit(read + query),
+        "general_mix": unit(read + mix),
+    }
+
+
+def judged(general: Predictor, config: Config, folder: Path) -> dict[str, Any]:
+    """Every row on the dev split of a set."""
+    source, most = config.data, config.model.max_context_length
+    encoder = load_encoder(source.encoder, source.encoder_precision)
+    store = None if source.store is None else Path(source.store)
+    data = embed(folder, ("dev",), encoder, source, store=store, max_turns=most)
+    dev = split_arrays(data.dataset, data.embedded, encoder, source)["dev"]
+    corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
+    groups = conversation_labels(data.dataset.splits["dev"])
+    plain = untrained(encoder=encoder, max_turns=most, query_prefix=source.query_prefix)
+    found = {
+        name: ranking_metrics(retrieve(vectors, dev, corpus, DEPTH)[1], dev.positives)
+        for name, vectors in vectors_of(general, plain, dev).items()
+    }
+    rows = {
+        name: {
+            **{metric: float(np.mean(figures[metric])) for metric in METRICS},
+            "interval": list(map(float, interval(figures["MRR@10"], seed=0, groups=groups))),
+            "against_query": compare(
+                figures["MRR@10"], found["query"]["MRR@10"], seed=0, groups=groups
+            )._asdict(),
+        }
+        for name, figures in found.items()
+    }
+    return {"questions": len(dev.query), "conversations": len(np.unique(groups)), "rows": rows}
+
+
+def trained_without(
+    name: str, sets: Mapping[str, Path], given: argparse.Namespace, words: Sequence[str], seed: int, out: Path
+) -> Config:
+    """Train on all sets but one, and give the configuration; the run is in `out`."""
+    others = {
+        other: load_dataset(folder, ("train", "dev")) for other, folder in sets.items() if other != name
+    }
+    with tempfile.TemporaryDirectory() as scratch:
+        data = Path(scratch) / "sets"
+        write_dataset(data, combined(others, {"train": given.rows, "dev": given.dev_rows}, seed=seed))
+        config = read_config(given.config, [f"--data.path={data}", f"--train.seed={seed}", *words])
+        trained(config, out)
+    return config
+
+
+def means(result: Mapping[str, Any]) -> dict[str, float]:
+    """Mean MRR@10 of each row over all sets and seeds that are there."""
+    tables = [cell["rows"] for seeds in result["left_out"].values() for cell in seeds.values()]
+    return {name: float(np.mean([rows[name]["MRR@10"] for rows in tables])) for name in tables[0]}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Leave out what the file lacks, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--config", type=Path, default=CONFIG, metavar="FILE")
+    parser.add_argument("--rows", type=int, default=2000, help="of each set's train, about")
+    parser.add_argument(
+        "--dev-rows", type=int, default=100, help="of each set's dev, which chooses checkpoints"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="sets to leave out")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs, as DIR/NAME/SEED")
+    parser.add_argument("sets", nargs="+", metavar="NAME=DIR")
+    given, words = parser.parse_known_args(argv)
+    named = (word.partition("=") for word in given.sets)
+    sets = {name: Path(folder) for name, _, folder in named}
+    if not any(word.startswith("--data.store") for word in words):
+        raise DataError("name a folder for embeddings with --data.store=DIR")
+    if len(sets) < 2 or any(not folder.is_dir() for folder in sets.values()):
+        raise DataError(f"name two sets or more, as NAME=DIR: {sets}")
+    same = {"sets": sorted(sets), "rows": given.rows, "config": given.config.name, "settings": list(words)}
+    result: dict[str, Any] = read_json(given.out) if given.out.exists() else {"made_of": same, "left_out": {}}
+    if result["made_of"] != same:
+        raise DataError(f"{given.out}: was made of something else; choose another --out")
+    for name in given.only or sets:
+        done = result["left_out"].setdefault(name, {})
+        for seed in given.seeds:
+            if str(seed) in done:
+                continue
+            with tempfile.TemporaryDirectory() as scratch:
+                run = (given.keep or Path(scratch)) / name / str(seed)
+                config = trained_without(name, sets, given, words, seed, run)
+                done[str(seed)] = judged(load(run, precision="float32"), config, sets[name])
+            result["mean_MRR@10"] = means(
+                {"left_out": {key: one for key, one in result["left_out"].items() if one}}
+            )
+            write_json(given.out, {**result, **facts("jax", "flax", "optax")})
+            for row, figures in done[str(seed)]["rows"].items():
+                against = figures["against_query"]
+                print(
+                    f"{name:12} {row:14} P@5 {figures['P@5']:.3f} MRR@10 {figures['MRR@10']:.3f} "
+                    f"({against['difference']:+.3f}, p {against['p']:.4f})",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""Which examples belong to one conversation and so depend on each other."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from prime_jax.data.records import Example
+from prime_jax.retrieval.groups import linked
+
+CONVERSATION = "conversation"
+"""The key of a record that says which conversation it is of, where the data has it."""
+
+
+def conversation_labels(examples: Sequence[Example]) -> Int64[np.ndarray, " n"]:
+    """One label per example, from 0.
+
+    Where every example says which conversation it is of, that counts. Otherwise those that share a text, as
+    turn or as query, belong together.
+    """
+    if examples and all(CONVERSATION in one.extra for one in examples):
+        names = [str(one.extra[CONVERSATION]) for one in examples]
+        return np.unique(names, return_inverse=True)[1].astype(np.int64)
+    return linked([(*one.context, one.query) for one in examples])
