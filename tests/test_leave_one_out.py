@@ -52,5 +52,5 @@ def test_each_set_is_judged_by_what_the_others_taught(
 
 @pytest.mark.parametrize("kept", [slice(1, None), slice(0, 4)])
 def test_it_says_what_it_needs(words: list[str], kept: slice, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="two sets or more|--data.store"):
+    with pytest.raises(DataError, match=r"two sets or more|--data\.store"):
         leave_one_out.main(["--out", str(tmp_path / "x.json"), *words[kept]])

@@ -4,7 +4,7 @@ A pretrained encoder that is trained on few examples can end worse than it was. 
 better than all of it, and none of it is where it started: chosen on dev, training does no harm there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,14 @@ from prime_jax.train.state import TrainState
 
 SHARES = (1.0, 0.75, 0.5)
 """How much of the way from start to trained is tried, besides none; the first of equally good ones wins."""
+
+
+SHARE = "blend_share"  # in the history and in a checkpoint's manifest
+
+
+def words_of(facts: Mapping[str, float]) -> str:
+    """Where a validated state lies, for the line of progress; nothing where no weights are blended."""
+    return f" at {facts[SHARE]:g} of the way from the start" if SHARE in facts else ""
 
 
 class Blending:
@@ -33,8 +41,8 @@ class Blending:
         """The state as it predicts at that share of the way; 1 is as it was trained."""
         return replace(state, smoothed=_between(self._start, state.predicting, jnp.float32(share)))
 
-    def best(self, state: TrainState, score: Callable[[TrainState], float]) -> tuple[TrainState, str]:
-        """The state that predicts best, and in words where it lies.
+    def best(self, state: TrainState, score: Callable[[TrainState], float]) -> tuple[TrainState, float]:
+        """The state that predicts best, and its share of the way.
 
         Args:
             state: As it was trained.
@@ -44,7 +52,7 @@ class Blending:
             self._score_of_start = score(self.at(state, 0.0))
         scores = {share: score(self.at(state, share)) for share in SHARES} | {0.0: self._score_of_start}
         share = max(scores, key=lambda share: scores[share])
-        return self.at(state, share), f" at {share:g} of the way from the start"
+        return self.at(state, share), share
 
 
 @jax.jit

@@ -20,7 +20,7 @@ from prime_jax.locks import Ownership
 from prime_jax.pretrained.pair import FOLDER as ENCODER
 from prime_jax.progress import progress
 from prime_jax.train import checkpoints, mining, setup
-from prime_jax.train.blending import Blending
+from prime_jax.train.blending import SHARE, Blending, words_of
 from prime_jax.train.collective import any_process, barrier, is_main, say
 from prime_jax.train.hybrid import HybridRun
 from prime_jax.train.interrupt import interruptible
@@ -342,20 +342,20 @@ class _Run:
         validate = self.validate
         if self.texts is not None:
             validate = validate.over(self.texts.embedded(self.state))
-        state, blend, select_by = self.state, "", self.config.train.select_by
+        state, shares, select_by = self.state, dict[str, float](), self.config.train.select_by
         if self.blending is not None:
-            state, blend = self.blending.best(state, partial(validate.score, select_by))
-        found = validate(state)
+            state, shares[SHARE] = self.blending.best(state, partial(validate.score, select_by))
+        found = validate(state)._replace(facts=shares)
         scores = found.scores
         if not scores:  # another process has them
             return found
-        self.history.add({"step": step, "epoch": self._epoch(step), **scores, **self.as_trained})
+        self.history.add({"step": step, "epoch": self._epoch(step), **scores, **self.as_trained, **shares})
         self.tracker.log(step, {**scores, **self.as_trained})
         last = next(row for row in reversed(self.history.rows) if "loss" in row)
         name = checkpoints.SELECT_BY
         say(
             f"epoch {self._epoch(step):g}: loss {last['loss']:.3f} (chance {last['chance']:.2f}), "
-            f"dev {name} {scores[name]:.3f}{blend} (query {self.validate.plain_query[name]:.3f}), "
+            f"dev {name} {scores[name]:.3f}{words_of(shares)} (query {self.validate.plain_query[name]:.3f}), "
             f"{last['samples_per_second']:,.0f} examples/s"
         )
         if self.validate.collapsing(scores):
@@ -365,7 +365,7 @@ class _Run:
     def _save(self, step: int, found: Validated, *, watched: bool = True) -> None:
         if self.holding is not None:
             self.holding.check()
-        facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts}
+        facts = {"epoch": self._epoch(step), "metrics": found.scores, **self.facts, **found.facts}
         facts["select_by"] = self.config.train.select_by
         with ExitStack() as written:
             copied = self.copied

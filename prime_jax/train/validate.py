@@ -46,11 +46,13 @@ class Validated(NamedTuple):
         scores: Mean ranking metrics of the predictions and their effective `rank`.
         confidence: How far predictions can be trusted, fitted on the split.
         state: What was validated, None where nothing was.
+        facts: What else a checkpoint should say of it.
     """
 
     scores: Scores
     confidence: Confidence | None
     state: TrainState | None = None
+    facts: Mapping[str, float] = {}
 
 
 class Validator:
