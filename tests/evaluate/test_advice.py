@@ -1,12 +1,14 @@
 """What `prime-jax evaluate` says one could train instead."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny_bert
 
 from prime_jax.config import Config
 from prime_jax.data.encode import Encoder
-from prime_jax.evaluate.advice import advice
+from prime_jax.evaluate.advice import advice, better_baseline
 from prime_jax.models.jasper import JasperConfig
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.text import TextConfig
@@ -51,3 +53,14 @@ def test_a_text_predictor_of_few_examples_is_to_be_compared(trainable: Encoder) 
 def test_nothing_is_said_of_models_that_are_steered_or_unknown(trainable: Encoder) -> None:
     assert advice(None, trainable, 1000) == ""
     assert advice(Config(model=JasperConfig()), trainable, 1000) == ""
+
+
+def test_a_baseline_that_is_better_is_offered() -> None:
+    def found(**figures: float) -> str:
+        methods = {name: {"MRR@10": value} for name, value in figures.items()}
+        return better_baseline(methods, Path("my-data"))
+
+    assert found(query=0.1, recency_mix=0.3, predicted=0.4) == ""
+    assert "--baseline recency_mix --data my-data" in found(query=0.1, recency_mix=0.5, predicted=0.4)
+    assert "--baseline text --data" in found(conversation_text=0.5, predicted=0.4)
+    assert found(rocchio=0.5, predicted=0.4) == ""  # searches twice, so it is no model
