@@ -13,7 +13,7 @@ import prime_jax
 from prime_jax.errors import CheckpointError, ConfigError, ExportError
 from prime_jax.export.__main__ import main as export
 from prime_jax.export.adapter import write_adapter
-from prime_jax.predict.adapter import load_adapter, read_facts
+from prime_jax.predict.adapter import FORMAT, load_adapter, read_facts
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.train.__main__ import main as train
 
@@ -64,6 +64,7 @@ def test_encoder_and_adapter_are_the_run(run: Path, file: Path, folder: Path) ->
 def test_it_is_exported_like_any_other(run: Path, file: Path, folder: Path, tmp_path: Path) -> None:
     told = ["--from-adapter", str(file), "--encoder", str(folder), "--out", str(tmp_path / "bundle")]
     assert export(told) == 0
+    assert "Weights: CC BY-SA 4.0." in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
     np.testing.assert_allclose(
         prime_jax.load(tmp_path / "bundle").predict_text(TALKS, QUERIES),
         prime_jax.load(run).predict_text(TALKS, QUERIES),
@@ -88,7 +89,7 @@ def test_what_is_no_low_rank_update_is_not_written(run: Path, folder: Path, tmp_
 @pytest.mark.usefixtures("as_users_run_it")
 def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: Path) -> None:
     encoder, broken = BertTextEncoder(folder), tmp_path / "broken.safetensors"
-    told, tensors = read_facts(file), load_file(file)
+    told, tensors = {"format": FORMAT, **read_facts(file)}, load_file(file)
     other = tiny_bert.write_folder(tmp_path / "other", tiny_bert.tensors(seed=1))
     with pytest.raises(CheckpointError, match="belongs to the encoder"):
         load_adapter(file, str(other))
@@ -105,10 +106,18 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
     name = next(name for name in tensors if name.endswith("/a"))
     refused("not an adapter of the format", {**told, "format": "prime-jax adapter 9"})
     refused("does not describe a model", {**told, "model": {"kind": "text", "max_tokens": 3}})
+    refused("its query_prefix is 5", {**told, "query_prefix": 5})
+    refused("its metrics are", {**told, "metrics": {"MRR@10": "high"}})
     refused("finite float32", **{name: np.full_like(tensors[name], np.nan)})
-    refused("factors of shapes", **{name: tensors[name][:, :1]})
+    refused("not float32 that fits together", **{name: tensors[name][:, :1]})
+    refused("not float32 that fits together", **{name: tensors[name].astype(np.float16)})
     refused("must be finite float32 of shape", **{name: tensors[name][:5]})
     refused("has no place in this encoder", more=np.zeros(3, np.float32))
+    save_file({}, broken, metadata={"prime_jax": json.dumps(told)})
+    with pytest.raises(CheckpointError, match="holds no updates"):
+        load_adapter(broken, encoder)
+    save_file(tensors, broken, metadata={"prime_jax": json.dumps({**told, "source": str(other)})})
+    assert load_adapter(str(broken), encoder).info()["source"] == str(folder)
     broken.write_bytes(b"\xff" * 100)
     with pytest.raises(CheckpointError, match="not an adapter"):
         load_adapter(broken, encoder)
@@ -119,11 +128,12 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
     [
         (["--untrained", "6", "--adapter", "x.safetensors"], "goes with --run"),
         (["--run", "{run}", "--adapter", "x.bin"], "goes with --run"),
+        (["--run", "{run}", "--adapter", "{out}/x.safetensors"], "lies in the bundle"),
     ],
 )
 def test_options_that_make_no_sense(
     told: list[str], message: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = [word.format(run=run) for word in told]
+    told = [word.format(run=run, out=tmp_path / "bundle") for word in told]
     assert export([*told, "--out", str(tmp_path / "bundle")]) == 2
     assert message in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The first day: predictors that need no training, the best of them by dev, and baselines as bundles."""
 
 from pathlib import Path
+from typing import Any
 
 import fakes
 import numpy as np
@@ -68,12 +69,24 @@ def test_texts_are_read_with_the_query_beside_the_whole(folder: Path) -> None:
     assert np.abs(whole - asked).max() > 0.01
 
 
-def test_what_it_cannot_be_made_of_is_said() -> None:
-    for wrong in ({}, {"dim": 8, "encoder": "minilm"}):
-        with pytest.raises(ConfigError, match="give the dimension"):
-            prime_jax.untrained(**wrong)
-    with pytest.raises(ConfigError, match="weights of the encoder"):
-        prime_jax.untrained(encoder=fakes.encoder())
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({}, "give the dimension"),
+        ({"dim": 8, "encoder": "minilm"}, "give the dimension"),
+        ({"dim": 0}, "input_dim"),
+        ({"dim": 8, "max_turns": 51}, "max_context_length"),
+        ({"dim": 8, "weight": float("nan")}, "finite weight"),
+        ({"dim": 8, "weight": -1.0}, "finite weight"),
+        ({"dim": 8, "decay": 2.0}, "decay from 0 to 1"),
+        ({"dim": 8, "query_prefix": "q: "}, "query_prefix goes with an encoder"),
+        ({"encoder": "minilm", "decay": 0.5}, "decay goes with embeddings"),
+        ({"encoder": fakes.encoder()}, "weights of the encoder"),
+    ],
+)
+def test_what_it_cannot_be_made_of_is_said(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        prime_jax.untrained(**wrong)
 
 
 @pytest.mark.parametrize("kind", ["read", "given"])
@@ -109,10 +122,21 @@ def test_without_turns_there_is_the_query_and_its_map(folder: Path, words: Path,
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     source = DataConfig(path=str(tmp_path), encoder=str(folder))
     assert [one.name for one in compare_untrained(source).candidates] == ["query", "ridge"]
-    with pytest.raises(DataError, match="text: not possible with this data"):
+    with pytest.raises(DataError, match="text: not possible, dev has no turns"):
         compare_untrained(source, only=["text"])
     with pytest.raises(DataError, match="bm25: there is no such baseline"):
         compare_untrained(source, only=["bm25"])
+
+
+def test_data_without_train_has_no_ridge(
+    folder: Path, words: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("corpus", "dev"):
+        (tmp_path / f"{name}.jsonl").write_text((words / f"{name}.jsonl").read_text())
+    assert tune(["--data", str(tmp_path), "--encoder", str(folder), "--max-turns", "2"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ridge is not there: the data has no train.jsonl" in out
+    assert "recency_mix" in out
 
 
 def test_tune_writes_the_best_as_a_bundle(
@@ -170,7 +194,14 @@ def test_untrained_predictors_are_exported_without_data(folder: Path, tmp_path: 
     [
         (["--baseline", "query"], "name the data folder with --data"),
         (["--baseline", "bm25", "--data", "{words}"], "there is no such baseline"),
-        (["--untrained", "6", "--data", "{words}"], "looks at no data"),
+        (["--untrained", "6", "--data", "{words}"], "--data does not go with --untrained"),
+        (["--untrained", "6", "--encoder", "minilm"], "--encoder does not go with --untrained"),
+        (["--untrained", "0"], "input_dim"),
+        (["--untrained", "-5"], "input_dim"),
+        (["--untrained", "6", "--max-turns", "51"], "max_context_length"),
+        (["--baseline", "query", "--data", "{words}", "--max-turns", "0"], "--max-turns"),
+        (["--from-adapter", "x", "--query-prefix", "q"], "--query-prefix does not go with --from-adapter"),
+        (["--run", "x", "--max-turns", "3"], "--max-turns does not go with --run"),
         (["--untrained", "6", "--precision", "fp16"], "weights alone cannot be judged"),
         (["--untrained", "nowhere"], "nowhere"),
     ],

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from prime_jax.data.grouping import CONVERSATION, conversation_labels
-from prime_jax.data.records import Dataset, Example, Passage, load_dataset, write_dataset
+from prime_jax.data.records import SPLITS, Dataset, Example, Passage, load_dataset, write_dataset
 from prime_jax.errors import DataError, PredictorError
 from prime_jax.files import user_path
 
@@ -33,14 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of which conversations they are (default: 0)")
     given = parser.parse_args(argv)
     try:
+        given.out, folders = given.out.resolve(), [folder.resolve() for folder in given.sets]
+        if given.out in folders:
+            raise DataError(f"{given.out}: is one of the sets, name another folder for the whole")
         most = {"train": given.rows, "dev": given.dev_rows}
-        whole = combined(_named(given.sets), most, seed=given.seed)
+        whole = combined(_named(folders), most, seed=given.seed)
         write_dataset(given.out, whole)
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax combine: {mistake}", file=sys.stderr)
         return 2
     for name, examples in whole.splits.items():
-        counts = {one.name: 0 for one in given.sets}
+        counts = {folder.name: 0 for folder in folders}
         for example in examples:
             counts[example.id.partition("/")[0]] += 1
         print(f"{name:<8}{len(examples):>8,}  " + ", ".join(f"{set_} {n:,}" for set_, n in counts.items()))
@@ -78,16 +81,15 @@ def combined(
 
 
 def _named(folders: Sequence[Path]) -> dict[str, Dataset]:
-    """The sets by the names of their folders; of splits those that all of them have."""
+    """The sets by the names of their folders: train and dev of each, and test where all have one."""
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise DataError(f"combine: two folders of one name would be one set ({', '.join(names)})")
-    shared = [
-        split
-        for split in ("train", "dev", "test")
-        if all((folder / f"{split}.jsonl").is_file() for folder in folders)
-    ]
-    return {folder.name: load_dataset(folder, shared or None) for folder in folders}
+    without = [folder.name for folder in folders if not (folder / "test.jsonl").is_file()]
+    if without and len(without) < len(folders):
+        print(f"test is left out: {', '.join(without)} has none", file=sys.stderr)
+    splits = ("train", "dev") if without else SPLITS
+    return {folder.name: load_dataset(folder, splits) for folder in folders}
 
 
 def _scope(name: str, scope: str | None) -> str:

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from prime_jax.data.records import Example
+from prime_jax.errors import DataError
 from prime_jax.retrieval.groups import linked
 
 CONVERSATION = "conversation"
@@ -17,8 +18,14 @@ def conversation_labels(examples: Sequence[Example]) -> Int64[np.ndarray, " n"]:
 
     Where every example says which conversation it is of, that counts. Otherwise those that share a text, as
     turn or as query, belong together.
+
+    Raises:
+        DataError: If a record says it with something else than a text.
     """
-    if examples and all(CONVERSATION in one.extra for one in examples):
-        names = [str(one.extra[CONVERSATION]) for one in examples]
+    names = [one.extra.get(CONVERSATION) for one in examples]
+    for example, name in zip(examples, names, strict=True):
+        if CONVERSATION in example.extra and not (isinstance(name, str) and name):
+            raise DataError(f"record {example.id!r}: its {CONVERSATION!r} is {name!r}, not a text")
+    if names and None not in names:
         return np.unique(names, return_inverse=True)[1].astype(np.int64)
     return linked([(*one.context, one.query) for one in examples])

@@ -59,12 +59,14 @@ class Comparison(NamedTuple):
         data: What they were compared on.
         splits: Dev as arrays, and train where a candidate is fitted to it.
         max_turns: Most turns that are looked at.
+        impossible: Why a candidate that was asked for is not there, by its name.
     """
 
     candidates: Sequence[Candidate]
     data: OpenedData
     splits: dict[str, Split]
     max_turns: int
+    impossible: dict[str, str]
 
     @property
     def best(self) -> Candidate:
@@ -80,7 +82,7 @@ class Comparison(NamedTuple):
         for one in self.candidates:
             if one.name == name:
                 return one
-        raise DataError(f"{name}: not possible with this data and encoder")
+        raise DataError(f"{name}: {self.impossible.get(name, 'was not asked for')}")
 
 
 def compare_untrained(
@@ -110,8 +112,10 @@ def compare_untrained(
     assert source.path is not None
     encoder = load_encoder(source.encoder, source.encoder_precision) if encoder is None else encoder
     store = Path(source.store) if store is None and source.store else store
-    needed = ("train", "dev") if any(name.startswith("ridge") for name in only) else ("dev",)
-    data = embed(Path(source.path), needed, encoder, source, store=store, max_turns=max_turns)
+    folder = Path(source.path)
+    fitted = any(name.startswith("ridge") for name in only) and (folder / "train.jsonl").is_file()
+    needed = ("train", "dev") if fitted else ("dev",)
+    data = embed(folder, needed, encoder, source, store=store, max_turns=max_turns)
     splits = split_arrays(data.dataset, data.embedded, encoder, source)
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     makers: dict[str, Callable[[], Baseline]] = {
@@ -121,13 +125,20 @@ def compare_untrained(
         "ridge": lambda: ridge(splits["train"], corpus),
         "ridge_context": lambda: ridge_context(splits["train"], corpus),
     }
+    impossible = {}
     if isinstance(encoder, BertTextEncoder) and source.context_from == "data":
         makers[TEXT] = lambda: _text(encoder, source, max_turns)
-    if not splits["dev"].mask.any():  # all but these are the query then, or what a map makes of it
-        makers = {name: make for name, make in makers.items() if name in ("query", "ridge")}
-    wanted = [name for name in UNTRAINED if name in makers and name in only]
+    else:
+        impossible[TEXT] = "the encoder's weights are not at hand, or turns are not those of the data"
+    if not fitted:
+        impossible |= dict.fromkeys(("ridge", "ridge_context"), "the data has no train.jsonl to fit it to")
+    if not splits["dev"].mask.any():  # these are the query then, or what a map makes of it
+        no_turns = ("mean_context", "recency_mix", TEXT, "ridge_context")
+        impossible |= dict.fromkeys(no_turns, "dev has no turns")
+    impossible = {name: why for name, why in impossible.items() if name in only}
+    wanted = [name for name in UNTRAINED if name in only and name not in impossible]
     if not wanted:
-        raise DataError(f"{', '.join(only)}: not possible with this data and encoder")
+        raise DataError("; ".join(f"{name}: not possible, {why}" for name, why in impossible.items()))
     dev, groups = splits["dev"], conversation_labels(data.dataset.splits["dev"])
     found = []
     with progress("Comparing on dev", len(wanted), "candidates") as advance:
@@ -140,7 +151,7 @@ def compare_untrained(
             ends = interval(figures["MRR@10"], seed=0, groups=groups)
             found.append(Candidate(name, settings, means, (float(ends[0]), float(ends[1])), rows))
             advance(1, name)
-    return Comparison(found, data, splits, max_turns)
+    return Comparison(found, data, splits, max_turns, impossible)
 
 
 def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | None]:

@@ -11,6 +11,7 @@ from typing import Any
 from prime_jax.errors import ExportError, PredictorError
 from prime_jax.evaluate import UNTRAINED
 from prime_jax.export.tune import add_source_options
+from prime_jax.export.without_run import check_source, write_without_run
 from prime_jax.files import user_path
 from prime_jax.locks import exclusive
 
@@ -82,18 +83,7 @@ def _check(given: Namespace) -> None:
     """Refuse what contradicts itself, before anything is measured or written."""
     if not math.isfinite(given.max_loss):
         raise ExportError(f"--max-loss must be a number, not {given.max_loss}")
-    if given.baseline is not None and given.data is None:
-        raise ExportError("--baseline is tuned on dev: name the data folder with --data")
-    if given.run is None and given.precision != "fp32":
-        raise ExportError("--precision goes with --run and its data; weights alone cannot be judged")
-    if given.adapter is not None and (given.run is None or given.adapter.suffix != ".safetensors"):
-        raise ExportError("--adapter FILE.safetensors goes with --run")
-    if given.untrained is not None and given.data is not None:
-        raise ExportError("--untrained looks at no data; --baseline is tuned on --data")
-    if given.torch is None and given.like is not None:
-        raise ExportError("--like goes with --torch; a run knows its own config")
-    if given.torch is not None and (given.data or given.store or given.encoder):
-        raise ExportError("--data, --store and --encoder go with --run; weights alone cannot be judged")
+    check_source(given)
     if given.triton is None:
         return
     if given.triton.is_file():
@@ -103,6 +93,7 @@ def _check(given: Namespace) -> None:
 
 
 def _export(given: Namespace) -> dict[str, Any]:
+    from prime_jax.export.adapter import check_adapter_of, write_adapter_of
     from prime_jax.export.bundle import Options, facts_of, write_bundle
     from prime_jax.export.evidence import gather_evidence
     from prime_jax.export.quantize import parse_precisions
@@ -111,6 +102,8 @@ def _export(given: Namespace) -> dict[str, Any]:
     from prime_jax.predict.predictor import load
 
     predictor = None if given.run is None else load(given.run, precision="float32", encoder=given.encoder)
+    if predictor is not None and given.adapter is not None:
+        check_adapter_of(predictor)
     known = {} if predictor is None else predictor.info()
     options = Options(
         precisions=parse_precisions(given.precision),
@@ -123,12 +116,8 @@ def _export(given: Namespace) -> dict[str, Any]:
         private_key=given.sign,
         password=os.environ.get(PASSWORD),
     )
-    if given.untrained is not None or given.from_adapter is not None:
-        parity = _untrained(given, options)
-    elif given.baseline is not None:
-        parity = _baseline(given, options)
-    elif predictor is None:
-        parity = _from_torch(given, options)
+    if predictor is None:
+        parity = write_without_run(given, options)
     else:
         data = given.data or _data_of(predictor, given.store)
         parity = write_bundle(
@@ -142,8 +131,8 @@ def _export(given: Namespace) -> dict[str, Any]:
             encoder=_encoders_of(predictor),
             source=Path(predictor.info()["source"]),
         )
-    if given.adapter is not None:
-        _adapter(given, predictor)
+        if given.adapter is not None:
+            write_adapter_of(predictor, given.adapter, given.licence)
     if given.triton is not None:
         write_repository(given.out, given.triton)
     return parity
@@ -178,65 +167,6 @@ def _data_of(predictor: Any, store: Path | None) -> Path | None:
         stores = (folder / STORE, Path(config.data.store or folder / STORE))
         there = any(holds_store(root, *known) for root in stores)
     return folder if there else None
-
-
-def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
-    """A bundle of weights trained in PyTorch; what inputs mean comes from the bundle they started from."""
-    from prime_jax.export.bundle import CONFIG_FACTS, write_bundle
-    from prime_jax.export.from_torch import from_torch
-    from prime_jax.files import read_json
-    from prime_jax.models.bundle import load_bundle
-
-    config, facts, head = None, {}, None
-    if given.like is not None:
-        head = load_bundle(given.like).target_head
-        config = given.like / "config.json"
-        facts = {name: fact for name, fact in read_json(config).items() if name in CONFIG_FACTS}
-    model = from_torch(given.torch, config)
-    return write_bundle(model, given.out, facts=facts, target_head=head, options=options, source=given.like)
-
-
-def _untrained(given: Namespace, options: Any) -> dict[str, Any]:
-    """A bundle of what needs no training here."""
-    from prime_jax.export.bundle import facts_of, write_bundle
-    from prime_jax.predict.adapter import load_adapter
-    from prime_jax.predict.untrained import untrained
-
-    if given.from_adapter is not None:
-        predictor = load_adapter(given.from_adapter, given.encoder or "minilm")
-    else:
-        of = {"dim": int(given.untrained)} if given.untrained.isdecimal() else {"encoder": given.untrained}
-        predictor = untrained(**of, max_turns=given.max_turns, query_prefix=given.query_prefix)
-    source = predictor.info().get("source")
-    folder = None if source is None else Path(source)
-    facts = facts_of(predictor, given.out)
-    return write_bundle(predictor.model, given.out, facts=facts, options=options, source=folder)
-
-
-def _adapter(given: Namespace, predictor: Any) -> None:
-    """What a run adds to its encoder, as a file."""
-    from prime_jax.export.adapter import write_adapter
-    from prime_jax.predict.text import encoder_of
-
-    config = predictor.config
-    if config is None or not config.model.reads_text or not config.train.lora_rank:
-        raise ExportError(f"--adapter: {given.run} is no run of a text predictor with train.lora_rank")
-    facts = {name: predictor.info()[name] for name in ("data_hash", "metrics") if name in predictor.info()}
-    facts |= {"query_prefix": config.data.query_prefix}
-    facts |= {} if given.licence is None else {"licence": given.licence}
-    encoder: Any = encoder_of(predictor)  # trained from it, so its weights are at hand
-    write_adapter(predictor.model, encoder, given.adapter, rank=config.train.lora_rank, facts=facts)
-
-
-def _baseline(given: Namespace, options: Any) -> dict[str, Any]:
-    """A bundle of a baseline, tuned on dev."""
-    from prime_jax.evaluate.untrained import compare_untrained
-    from prime_jax.export.tune import config_of, write_candidate
-
-    config = config_of(given)
-    turns = config.model.max_context_length
-    compared = compare_untrained(config.data, max_turns=turns, only=[given.baseline])
-    return write_candidate(compared.named(given.baseline), compared, given.out, options)
 
 
 def _print(given: Namespace, parity: dict[str, Any]) -> None:

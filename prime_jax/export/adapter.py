@@ -14,6 +14,8 @@ from prime_jax.errors import ExportError
 from prime_jax.files import atomic_path
 from prime_jax.models.text import TextPredictor
 from prime_jax.predict.adapter import FORMAT, name_of
+from prime_jax.predict.predictor import Predictor
+from prime_jax.predict.text import encoder_of
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.train.text_start import starting_params
 
@@ -75,6 +77,34 @@ def write_adapter(
     with atomic_path(file) as temporary:
         temporary.write_bytes(save(tensors, metadata={"prime_jax": json.dumps(told, sort_keys=True)}))
     return {"bytes": file.stat().st_size, "missed": missed}
+
+
+def check_adapter_of(predictor: Predictor) -> None:
+    """Refuse a run that no adapter can be written of.
+
+    Raises:
+        ExportError: Saying why.
+    """
+    config = predictor.config
+    if config is None:
+        raise ExportError("--adapter: name a run folder, which says what it was trained from")
+    if not config.model.reads_text:
+        raise ExportError(f"--adapter: the run's model is of kind {config.model.kind}, not text")
+    if not config.train.lora_rank:
+        raise ExportError("--adapter: the run was trained without train.lora_rank")
+
+
+def write_adapter_of(predictor: Predictor, file: Path, licence: str | None) -> None:
+    """What a run adds to its encoder, as a file."""
+    check_adapter_of(predictor)
+    config, info = predictor.config, predictor.info()
+    assert config is not None
+    facts: dict[str, Any] = {name: info[name] for name in ("data_hash", "metrics") if name in info}
+    facts |= {"query_prefix": config.data.query_prefix}
+    facts |= {} if licence is None else {"licence": licence}
+    model: Any = predictor.model
+    encoder: Any = encoder_of(predictor)  # the run started from it, so its weights are at hand
+    write_adapter(model, encoder, file, rank=config.train.lora_rank, facts=facts)
 
 
 def _leaves(params: Any) -> Iterator[tuple[str, Any]]:

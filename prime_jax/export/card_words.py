@@ -47,7 +47,10 @@ _EXPLAINED_USAGE = (
 def words_of_turns(config: PredictorConfig | MixConfig, facts: Mapping[str, Any]) -> Words:
     """Of the models that take the embeddings of turns and query."""
     N = config.max_context_length
+    encoder = _embeddings_from(facts, "Queries and turns")
     if isinstance(config, MixConfig):
+        if "encoder" not in facts:
+            encoder = "Queries, turns and passages must be embeddings of one encoder, whichever it is."
         turns = "their mean is" if config.average else "they are"
         settings = f"no layers: turns are weighted by their age, {turns} added to the query"
         settings += "" if config.linear == "none" else f"; linear map of the {config.linear}"
@@ -58,7 +61,7 @@ def words_of_turns(config: PredictorConfig | MixConfig, facts: Mapping[str, Any]
         given="the embeddings of the past turns and of the current query",
         settings=settings,
         explanation="",
-        encoder=_embeddings_from(facts, "Queries and turns"),
+        encoder=encoder,
         usage=f"""```python
 import prime_jax                                         # JAX
 

@@ -50,7 +50,7 @@ def model_card(
         _precisions(parity.get("precisions")),
         _company(interface.stranger[0], parity.get("batch_independence")),
         "## What it gives away about its training data",
-        _leak(parity.get("leak_check")),
+        _leak(parity.get("leak_check"), trained=facts.get("trained", True)),
         "## Limits",
         f"{words.limits}\n"
         "- The prediction is as good as the training data is close to yours: measure it beside the plain "
@@ -96,6 +96,10 @@ def _origin(facts: Mapping[str, Any]) -> str:
     named = {"step": "training steps", "epoch": "epochs", "data_hash": "training data (SHA-256)"}
     rows = [[what, f"{facts[name]}"] for name, what in named.items() if name in facts]
     parts = [table(["what", "value"], rows)] if rows else []
+    if not facts.get("trained", True):
+        parts.insert(
+            0, "Nothing was trained; where there are validation figures, settings were chosen by them."
+        )
     if metrics := facts.get("metrics"):
         scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         parts.append(f"Validation: {scores}.")
@@ -160,8 +164,10 @@ def _company(stranger: str, found: Mapping[str, Any] | None) -> str:
     )
 
 
-def _leak(found: Mapping[str, Any] | None) -> str:
+def _leak(found: Mapping[str, Any] | None, *, trained: bool) -> str:
     """The membership-inference measurement and what it means (SEC-PRED-002)."""
+    if not trained:
+        return "Nothing: no data was trained on."
     if found is None or not found["measured"]:
         why = found["why"] if found else "the training data was not at hand when it was exported"
         return f"Not measured: {why}. Assume that who can query the model can learn about its training data."

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prime_jax.errors import PredictorError
+from prime_jax.errors import ConfigError, PredictorError
 from prime_jax.evaluate import UNTRAINED
 from prime_jax.files import user_path
 
 if TYPE_CHECKING:
-    from prime_jax.config import Config, DataConfig
+    from prime_jax.config import DataConfig
     from prime_jax.evaluate.untrained import Candidate, Comparison
 
 
@@ -40,8 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from prime_jax.evaluate.untrained import compare_untrained
 
-        config = config_of(given)
-        found = compare_untrained(config.data, max_turns=config.model.max_context_length, only=given.only)
+        source, turns = source_of_data(given)
+        found = compare_untrained(source, max_turns=turns, only=given.only)
         _print(found)
         if given.out is not None:
             from prime_jax.export.bundle import Options
@@ -56,31 +56,39 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def add_source_options(parser: ArgumentParser) -> None:
     """The options that say how a data folder is read where there is no run to say it."""
-    parser.add_argument("--encoder", metavar="NAME", help="as for training (default: minilm)")
+    parser.add_argument("--encoder", metavar="NAME", help="as for training (default: the run's, or minilm)")
     parser.add_argument("--store", type=user_path, metavar="DIR", help="embedding store")
-    parser.add_argument("--query-prefix", default="", help="what the encoder wants before queries")
-    parser.add_argument("--passage-prefix", help="and before passages (default: the encoder's own)")
-    parser.add_argument("--max-turns", type=int, default=10, help="most turns of a query (default: 10)")
+    parser.add_argument("--query-prefix", metavar="TEXT", help="what the encoder wants before queries")
+    parser.add_argument(
+        "--passage-prefix", metavar="TEXT", help="and before passages (default: the encoder's own)"
+    )
+    parser.add_argument("--max-turns", type=int, metavar="N", help="most turns of a query (default: 10)")
 
 
-def config_of(given: Namespace) -> "Config":
-    """A configuration with what these options say.
+def source_of_data(given: Namespace) -> tuple["DataConfig", int]:
+    """How a data folder is read, and how many turns are looked at, as these options say.
 
     Raises:
         ConfigError: If one is out of bounds.
     """
-    from prime_jax.config import read_config
+    from pydantic import ValidationError
 
-    said: dict[str, Any] = {
-        "data.path": given.data,
-        "data.encoder": given.encoder,
-        "data.store": given.store,
-        "data.query-prefix": given.query_prefix,
-        "data.passage-prefix": given.passage_prefix,
-        "model.max-context-length": given.max_turns,
+    from prime_jax.config import DataConfig
+    from prime_jax.models.mix import MixConfig
+
+    said = {
+        "path": str(given.data),
+        "encoder": given.encoder,
+        "store": None if given.store is None else str(given.store),
+        "query_prefix": given.query_prefix,
+        "passage_prefix": given.passage_prefix,
     }
-    words = [f"--{name}={value}" for name, value in said.items() if value is not None]
-    return read_config(None, ["--model.kind=mix", *words])
+    try:
+        source = DataConfig(**{name: value for name, value in said.items() if value is not None})
+        turns = 10 if given.max_turns is None else given.max_turns
+        return source, MixConfig(max_context_length=turns).max_context_length
+    except ValidationError as unfit:
+        raise ConfigError(f"--max-turns: {unfit.errors()[0]['msg']}") from None
 
 
 def facts_of_data(source: "DataConfig") -> dict[str, Any]:
@@ -103,6 +111,7 @@ def write_candidate(
         "encoder": data.encoder.identity,
         "metrics": candidate.figures,
         "data_hash": data.dataset.hash,
+        "trained": candidate.name.startswith("ridge"),
     }
     return write_bundle(model, out, facts=facts, options=options, source=source)
 
@@ -120,6 +129,8 @@ def _print(found: "Comparison") -> None:
         table.add_row(*row, f"{low:.3f} to {high:.3f}", style="bold" if one is found.best else None)
     console = Console()
     console.print(table)
+    for name, why in found.impossible.items():
+        console.print(f"{name} is not there: {why}", highlight=False)
     console.print(
         f"best on dev: {found.best.name}. Each was tuned on these very questions, which flatters those with "
         "many settings; nothing but the ridge rows was fitted to train.",

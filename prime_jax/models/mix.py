@@ -4,6 +4,7 @@ The untrained predictor and the tuned baselines of an evaluation are such models
 exported and served like any other.
 """
 
+import math
 from typing import Any, Literal
 
 import jax
@@ -13,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
+from prime_jax.errors import ConfigError
 from prime_jax.models.base import ServedConfig
 from prime_jax.models.inputs import check_inputs
 from prime_jax.models.residual import ages
@@ -148,7 +150,15 @@ class MixPredictor(nnx.Module):
 
 
 def mix_of(config: MixConfig, weight: float, decay: float) -> MixPredictor:
-    """A model without a map whose turns weigh `weight * decay^age`."""
+    """A model whose turns weigh `weight * decay^age`, and whose map, if it has one, gives nothing yet.
+
+    Raises:
+        ConfigError: If the weight is negative or not finite, or the decay not from 0 to 1.
+    """
+    if not 0 <= weight < math.inf or not 0 <= decay <= 1:
+        raise ConfigError(
+            f"a mix has a finite weight of 0 or more and a decay from 0 to 1, not {weight} and {decay}"
+        )
     model = config.build(rngs=nnx.Rngs(0))
     weights: Any = weight * jnp.float32(decay) ** jnp.arange(config.max_context_length)
     model.turn_weights.set_value(weights)

@@ -27,10 +27,15 @@ from prime_jax.train.text_start import reading_config, starting_params
 
 FORMAT = "prime-jax adapter 1"
 MOST_BYTES = 64 * 1024 * 1024
+FLOAT32 = np.dtype(np.float32)
+
+
+_FACTS = {"query_prefix": str, "data_hash": str, "licence": str, "attribution": str, "metrics": dict}
+"""What a file may say beside its format, its encoder and its model."""
 
 
 def read_facts(file: Path) -> dict[str, Any]:
-    """What an adapter's file says of itself.
+    """What an adapter's file says of itself: `encoder`, `model`, and those of `_FACTS` that it has.
 
     Raises:
         CheckpointError: If it is missing, damaged, or something else.
@@ -47,10 +52,15 @@ def read_facts(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not an adapter ({broken})") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise CheckpointError(f"{file}: not an adapter of the format {FORMAT!r}")
-    return told
+    for name, kind in _FACTS.items():
+        if name in told and not isinstance(told[name], kind):
+            raise CheckpointError(f"{file}: its {name} is {told[name]!r}")
+    if not all(isinstance(value, float | int) for value in told.get("metrics", {}).values()):
+        raise CheckpointError(f"{file}: its metrics are {told['metrics']!r}, not numbers")
+    return {name: told[name] for name in ("encoder", "model", *_FACTS) if name in told}
 
 
-def load_adapter(file: Path, encoder: Encoder | str = "minilm") -> Predictor:
+def load_adapter(file: str | Path, encoder: Encoder | str = "minilm") -> Predictor:
     """A text predictor: an encoder with an adapter added.
 
     Args:
@@ -61,6 +71,7 @@ def load_adapter(file: Path, encoder: Encoder | str = "minilm") -> Predictor:
         CheckpointError: If the file is missing, damaged, or belongs to another encoder.
         ConfigError: If there is no such encoder.
     """
+    file = Path(file)
     told = read_facts(file)
     found = load_encoder(encoder) if isinstance(encoder, str) else encoder
     if not isinstance(found, BertTextEncoder):
@@ -76,12 +87,14 @@ def load_adapter(file: Path, encoder: Encoder | str = "minilm") -> Predictor:
     params = _added(starting_params(config, found), _tensors(file), file)
     graph = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[0]
     model: TextPredictor = nnx.merge(graph, params)
-    facts = {name: told[name] for name in told if name not in ("format", "model")}
-    return Predictor(model, facts={"source": str(found.source.transformer), "adapter": str(file), **facts})
+    facts = {name: fact for name, fact in told.items() if name != "model"}
+    return Predictor(model, facts={**facts, "source": str(found.source.transformer), "adapter": str(file)})
 
 
 def _added(params: Any, tensors: Mapping[str, ndarray], file: Path) -> Any:
     """The parameters with an adapter's updates; every tensor must have its place."""
+    if not tensors:
+        raise CheckpointError(f"{file}: holds no updates")
     open_ = dict(tensors)
 
     def changed(path: Any, leaf: Any) -> Any:
@@ -91,8 +104,11 @@ def _added(params: Any, tensors: Mapping[str, ndarray], file: Path) -> Any:
         if f"{name}/a" not in open_:
             return leaf
         a, b = open_.pop(f"{name}/a"), open_.pop(f"{name}/b", np.zeros((0, 0), np.float32))
-        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0]:
-            raise CheckpointError(f"{file}: {name} has factors of shapes {a.shape} and {b.shape}")
+        if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[0] or {a.dtype, b.dtype} != {FLOAT32}:
+            raise CheckpointError(
+                f"{file}: {name} has factors of {a.dtype} {a.shape} and {b.dtype} {b.shape}, not float32 "
+                "that fits together"
+            )
         update = jnp.matmul(jnp.asarray(a), jnp.asarray(b), precision=jax.lax.Precision.HIGHEST)
         return leaf + _fitting(np.asarray(update), leaf.shape, name, file)
 

@@ -4,6 +4,7 @@ What they are worth beside trained ones is in docs/untrained.md.
 """
 
 from flax import nnx
+from pydantic import ValidationError
 
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.errors import ConfigError
@@ -23,8 +24,8 @@ def untrained(
     encoder: Encoder | str | None = None,
     max_turns: int = 10,
     weight: float | None = None,
-    decay: float = DECAY,
-    query_prefix: str = "",
+    decay: float | None = None,
+    query_prefix: str | None = None,
 ) -> Predictor:
     """A predictor that needs no training.
 
@@ -37,19 +38,34 @@ def untrained(
         encoder: The memory's encoder, or the name that `data.encoder` takes: `minilm` or a model folder.
         max_turns: Most turns that are looked at.
         weight: Of the newest turn, 0.3 if not given; of the query's own embedding, 1 if not given.
-        decay: From one turn to the one before it; only with `dim`.
+        decay: From one turn to the one before it, 0.5 if not given; only with `dim`.
         query_prefix: What the encoder wants before queries; only with `encoder`.
 
     Raises:
-        ConfigError: If neither or both are given, or there is no such encoder.
+        ConfigError: If neither or both are given, something does not go with what is given or is out of
+            bounds, or there is no such encoder.
         DataError: If the encoder's folder is incomplete or damaged.
-        pydantic.ValidationError: If a number is out of bounds.
     """
     if (dim is None) == (encoder is None):
         raise ConfigError("untrained: give the dimension of the embeddings, or an encoder that reads texts")
-    if dim is not None:
-        shape = MixConfig(input_dim=dim, output_dim=dim, max_context_length=max_turns)
-        return Predictor.from_model(mix_of(shape, WEIGHT if weight is None else weight, decay))
+    if dim is not None and query_prefix is not None:
+        raise ConfigError("untrained: query_prefix goes with an encoder; embeddings are what they are")
+    if encoder is not None and decay is not None:
+        raise ConfigError("untrained: decay goes with embeddings; an encoder reads turns as one text")
+    try:
+        if dim is not None:
+            shape = MixConfig(input_dim=dim, output_dim=dim, max_context_length=max_turns)
+            weights = (WEIGHT if weight is None else weight, DECAY if decay is None else decay)
+            return Predictor.from_model(mix_of(shape, *weights))
+        assert encoder is not None
+        return _reader(encoder, max_turns, QUERY_WEIGHT if weight is None else weight, query_prefix or "")
+    except ValidationError as unfit:
+        first = unfit.errors()[0]
+        raise ConfigError(f"untrained: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+
+
+def _reader(encoder: Encoder | str, max_turns: int, query_weight: float, query_prefix: str) -> Predictor:
+    """What reads texts with an encoder as it is."""
     found = load_encoder(encoder) if isinstance(encoder, str) else encoder
     if not isinstance(found, BertTextEncoder):
         raise ConfigError(
@@ -62,7 +78,7 @@ def untrained(
         max_context_length=max_turns,
         max_tokens=min(MAX_TOKENS, found.max_length),
         roles=False,
-        query_weight=QUERY_WEIGHT if weight is None else weight,
+        query_weight=query_weight,
     )
     config = reading_config(given, found, str(encoder))
     graph = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[0]

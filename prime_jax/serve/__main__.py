@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         listening = _bind(settings.host, settings.port)
         if settings.run is None:
-            predictor = untrained(settings.untrained)
+            predictor = untrained(settings.untrained, max_turns=settings.max_turns or 10)
         else:
             console.print(f"Loading {settings.run}")
             predictor = load(settings.run, precision=settings.precision, encoder=settings.encoder)

@@ -26,12 +26,17 @@ class ServeSettings(BaseSettings):
         cli_prog_name="python -m prime_jax.serve",
     )
 
-    run: Path | None = Field(default=None, description="run folder, checkpoint folder or bundle")
+    run: Path | None = Field(
+        default=None, description="run folder, checkpoint folder or bundle; this or --untrained is needed"
+    )
     untrained: int | None = Field(
         default=None, ge=1, description="instead of a run: embeddings of this dimension, nothing is trained"
     )
     encoder: str | None = Field(
         default=None, description="encoder that clients use; refused if the run was trained with another one"
+    )
+    max_turns: int | None = Field(
+        default=None, ge=1, le=50, description="with --untrained: most turns of a request (default: 10)"
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
@@ -62,6 +67,10 @@ class ServeSettings(BaseSettings):
             raise ValueError("name a --run, or --untrained with the dimension of your embeddings")
         if self.untrained is not None and self.encoder is not None:
             raise ValueError("--encoder goes with --run, which says what it was trained on")
+        if self.untrained is None and self.max_turns is not None:
+            raise ValueError("--max-turns goes with --untrained; a run knows its own")
+        if self.untrained is not None and self.precision != "auto":
+            raise ValueError("--precision goes with --run; what is untrained is computed in float32")
         return self
 
     def guards(self, possible: bool) -> bool:

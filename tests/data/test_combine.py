@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from prime_jax.data.combine import combined, main
+from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.records import Dataset, Example, Passage, load_dataset, write_dataset
 from prime_jax.errors import DataError
 
@@ -76,9 +77,38 @@ def test_the_command_writes_a_data_folder(tmp_path: Path, capsys: pytest.Capture
     assert main([*told[:1], *told[:1], "--out", str(tmp_path / "twice")]) == 2
     assert "two folders of one name" in capsys.readouterr().err
     assert main([*told, "--rows", "0"]) == 2
+    assert main([*told[:2], "--out", str(tmp_path / "one" / ".." / "one")]) == 2
+    assert "is one of the sets" in capsys.readouterr().err
+
+
+def test_a_split_that_one_set_lacks_is_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small, large = talk("one", 6), talk("two", 8)
+    tested = Dataset(large.corpus, {**large.splits, "test": large.splits["dev"]})
+    write_dataset(tmp_path / "one", small)
+    write_dataset(tmp_path / "two", tested)
+    monkeypatch.chdir(tmp_path / "one")  # a set may be called "."
+    assert main([".", "../two", "--out", "../both"]) == 0
+    assert "test is left out: one has none" in capsys.readouterr().err
+    assert sorted(load_dataset(tmp_path / "both").splits) == ["dev", "train"]
+    assert load_dataset(tmp_path / "both").splits["train"][0].id == "one/e0"
+    (tmp_path / "two" / "dev.jsonl").unlink()
+    assert main([".", "../two", "--out", "../other"]) == 2
+    assert "dev.jsonl" in capsys.readouterr().err
 
 
 def test_sets_of_different_splits_are_refused() -> None:
     alone = Dataset(talk("one", 4).corpus, {"train": talk("one", 4).splits["train"]})
     with pytest.raises(DataError, match="different splits"):
         combined({"one": alone, "two": talk("two", 4)})
+
+
+def test_a_conversation_has_a_name() -> None:
+    examples = talk("one", 4).splits["train"]
+    assert conversation_labels(examples).tolist() == [0, 0, 1, 1]
+    examples[2].extra["conversation"] = None
+    with pytest.raises(DataError, match="record 'e2': its 'conversation' is None"):
+        conversation_labels(examples)
+    del examples[2].extra["conversation"]
+    assert conversation_labels(examples).tolist() == [0, 0, 1, 1]  # by the texts they share

@@ -106,6 +106,14 @@ def test_every_runtime_gives_the_same(fields: dict[str, Any], tmp_path: Path) ->
     assert "no layers" in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
 
 
+def test_the_card_of_what_was_not_trained_says_so(tmp_path: Path) -> None:
+    write_bundle(mixed(), tmp_path / "bundle", facts={"trained": False})
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert "Nothing was trained" in card
+    assert "no data was trained on" in card
+    assert "embeddings of one encoder, whichever it is" in card
+
+
 def test_the_torch_module_refuses_what_does_not_fit(tmp_path: Path) -> None:
     write_bundle(mixed(), tmp_path / "bundle", facts={})
     runtime = module_of((tmp_path / "bundle" / "torch_runtime.py").read_text(), "torch_runtime.py")

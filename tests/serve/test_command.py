@@ -70,8 +70,13 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     for words in ([], ["--run", "x", "--untrained", "8"]):
         assert main(words) == 2
         assert "prime-jax serve: name a --run, or --untrained with the" in capsys.readouterr().err
-    assert main(["--untrained", "8", "--encoder", "minilm"]) == 2
-    assert "--encoder goes with --run" in capsys.readouterr().err
+    for more, message in (
+        (["--untrained", "8", "--encoder", "minilm"], "--encoder goes with --run"),
+        (["--untrained", "8", "--precision", "bfloat16"], "--precision goes with --run"),
+        (["--run", "x", "--max-turns", "3"], "--max-turns goes with --untrained"),
+    ):
+        assert main(more) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_a_port_that_is_taken(bundle: Path) -> None:
