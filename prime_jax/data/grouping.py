@@ -27,5 +27,5 @@ def conversation_labels(examples: Sequence[Example]) -> Int64[np.ndarray, " n"]:
         if CONVERSATION in example.extra and not (isinstance(name, str) and name):
             raise DataError(f"record {example.id!r}: its {CONVERSATION!r} is {name!r}, not a text")
     if names and None not in names:
-        return np.unique(names, return_inverse=True)[1].astype(np.int64)
+        return np.unique(np.array(names), return_inverse=True)[1].astype(np.int64)
     return linked([(*one.context, one.query) for one in examples])

@@ -97,9 +97,7 @@ def _origin(facts: Mapping[str, Any]) -> str:
     rows = [[what, f"{facts[name]}"] for name, what in named.items() if name in facts]
     parts = [table(["what", "value"], rows)] if rows else []
     if not facts.get("trained", True):
-        parts.insert(
-            0, "Nothing was trained; where there are validation figures, settings were chosen by them."
-        )
+        parts.insert(0, "Nothing was trained; settings may have been chosen by the validation figures.")
     if metrics := facts.get("metrics"):
         scores = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         parts.append(f"Validation: {scores}.")
