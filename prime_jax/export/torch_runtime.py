@@ -292,11 +292,7 @@ class EmbeddingPredictor(nn.Module):
 
 
 def check_inputs(config: Any, context: Tensor, query: Tensor, context_mask: Tensor | None) -> None:
-    """Refuse embeddings whose shape or dtype a model of this config does not take.
-
-    Raises:
-        PredictorError: If one does not fit.
-    """
+    """Refuse embeddings whose shape or dtype a model of this config does not take (`PredictorError`)."""
     turns, asked = tuple(context.shape), tuple(query.shape)
     if context.ndim != 3 or query.ndim != 2:
         raise PredictorError(f"context, query must have shape [B, N, D], [B, D], got {turns}, {asked}")
