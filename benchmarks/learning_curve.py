@@ -20,22 +20,12 @@ from numpy import ndarray
 
 from benchmarks.common import facts
 from benchmarks.rivals import PACKAGES, filled, in_command, options_of, say, stored_in
-from prime_jax.data.grouping import conversation_labels
-from prime_jax.data.records import Dataset, Example, load_dataset, write_dataset
+from prime_jax.data.grouping import some_conversations
+from prime_jax.data.records import Dataset, load_dataset, write_dataset
 from prime_jax.errors import DataError
 from prime_jax.files import atomic_path, write_json
 
 SHOWN = ("MRR@10", "unseen MRR@10")
-
-
-def first_conversations(examples: Sequence[Example], size: int) -> ndarray:
-    """Which records the part of about `size` records has, as a mask; whole conversations in random order."""
-    labels = conversation_labels(examples)
-    place = np.random.default_rng(0).permutation(int(labels.max()) + 1)[labels]
-    counts = np.bincount(place).cumsum()
-    last = int(np.argmin(np.abs(counts - size)))
-    part: ndarray = place <= last
-    return part
 
 
 def part_data(dataset: Dataset, part: ndarray, out: Path) -> None:
@@ -92,7 +82,7 @@ def _run(given: argparse.Namespace, words: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         tables_in = given.keep or Path(scratch)
         for size in sorted({min(size, len(train)) for size in given.sizes}):
-            part, folder = first_conversations(train, size), Path(scratch) / f"{size}"
+            part, folder = some_conversations(train, size), Path(scratch) / f"{size}"
             say(f"{part.sum():,} of {len(train):,} records")
             part_data(dataset, part, folder)
             table, _ = filled(

@@ -65,13 +65,13 @@ def vectors_of(general: Predictor, plain: Predictor, dev: Split) -> dict[str, nd
     }
 
 
-def judged(general: Predictor, config: Config, folder: Path) -> dict[str, Any]:
+def evaluate_set(general: Predictor, config: Config, folder: Path) -> dict[str, Any]:
     """Every row on the dev split of a set."""
     source, most = config.data, config.model.max_context_length
     encoder = load_encoder(source.encoder, source.encoder_precision)
     store = None if source.store is None else Path(source.store)
     data = embed(folder, ("dev",), encoder, source, store=store, max_turns=most)
-    dev = split_arrays(data.dataset, data.embedded, encoder, source)["dev"]
+    dev = split_arrays(data.dataset, data.embedded, encoder, source, joined_texts=False)["dev"]
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     groups = conversation_labels(data.dataset.splits["dev"])
     plain = untrained(encoder=encoder, max_turns=most, query_prefix=source.query_prefix)
@@ -107,9 +107,9 @@ def trained_without(
     return config
 
 
-def means(result: Mapping[str, Any]) -> dict[str, float]:
+def means(left_out: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Mean MRR@10 of each row over all sets and seeds that are there."""
-    tables = [cell["rows"] for seeds in result["left_out"].values() for cell in seeds.values()]
+    tables = [cell["rows"] for seeds in left_out.values() for cell in seeds.values()]
     return {name: float(np.mean([rows[name]["MRR@10"] for rows in tables])) for name in tables[0]}
 
 
@@ -130,11 +130,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("sets", nargs="+", metavar="NAME=DIR")
     given, words = parser.parse_known_args(argv)
     named = (word.partition("=") for word in given.sets)
-    sets = {name: Path(folder) for name, _, folder in named}
+    sets = {name: Path(folder or "nowhere") for name, _, folder in named}
     if not any(word.startswith("--data.store") for word in words):
         raise DataError("name a folder for embeddings with --data.store=DIR")
     if len(sets) < 2 or any(not folder.is_dir() for folder in sets.values()):
         raise DataError(f"name two sets or more, as NAME=DIR: {sets}")
+    if unknown := set(given.only or ()) - set(sets):
+        raise DataError(f"--only: there is no set {unknown.pop()}; there are {', '.join(sets)}")
     same = {"sets": sorted(sets), "rows": given.rows, "config": given.config.name, "settings": list(words)}
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {"made_of": same, "left_out": {}}
     if result["made_of"] != same:
@@ -147,10 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 run = (given.keep or Path(scratch)) / name / str(seed)
                 config = trained_without(name, sets, given, words, seed, run)
-                done[str(seed)] = judged(load(run, precision="float32"), config, sets[name])
-            result["mean_MRR@10"] = means(
-                {"left_out": {key: one for key, one in result["left_out"].items() if one}}
-            )
+                done[str(seed)] = evaluate_set(load(run, precision="float32"), config, sets[name])
+            result["mean_MRR@10"] = means(result["left_out"])
             write_json(given.out, {**result, **facts("jax", "flax", "optax")})
             for row, figures in done[str(seed)]["rows"].items():
                 against = figures["against_query"]

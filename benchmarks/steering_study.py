@@ -71,7 +71,9 @@ def opened(config: Config, split: str) -> Opened:
     embedded = embed_dataset(dataset, store, max_context_length=1, **prefixes)
     steering = open_steering(steering_folder(config), embedded, encoder.identity, **prefixes)
     arrays = {
-        variant: split_arrays(dataset, steered(embedded, steering, variant), encoder, source, turns=False)
+        variant: split_arrays(
+            dataset, steered(embedded, steering, variant), encoder, source, joined_texts=False
+        )
         for variant in STEERED
     }
     corpus = Corpus(embedded.corpus(), embedded.corpus_scope)

@@ -25,14 +25,12 @@ from numpy import ndarray
 from benchmarks.common import facts
 from prime_jax import load
 from prime_jax.config import Config, read_config
-from prime_jax.data.embedded import embed_dataset
 from prime_jax.data.encode import load_encoder
 from prime_jax.data.grouping import conversation_labels
-from prime_jax.data.prepare import prepare
 from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.baselines import tune
 from prime_jax.evaluate.evaluation import baselines
-from prime_jax.evaluate.run import predictions, split_arrays
+from prime_jax.evaluate.run import embed, predictions, split_arrays
 from prime_jax.evaluate.significance import compare
 from prime_jax.files import read_json, write_json
 from prime_jax.retrieval.metrics import ranking_metrics
@@ -65,18 +63,9 @@ def opened(config: Config, unseen_key: str | None, judged: str = "dev") -> Opene
     assert config.data.path is not None
     source = config.data
     encoder = load_encoder(source.encoder, source.encoder_precision)
-    prefixes: dict[str, Any] = {"query_prefix": source.query_prefix, "passage_prefix": source.passage_prefix}
-    folder = None if source.store is None else Path(source.store)
-    names = ("train", "dev", *({judged} - {"dev"}))
-    dataset, store = prepare(Path(config.data.path), names, encoder, store_folder=folder, **prefixes)
-    embedded = embed_dataset(
-        dataset,
-        store,
-        max_context_length=config.model.max_context_length,
-        context_from=source.context_from,
-        first_pass_k=source.first_pass_k,
-        **prefixes,
-    )
+    store = None if source.store is None else Path(source.store)
+    names, most = ("train", "dev", *({judged} - {"dev"})), config.model.max_context_length
+    dataset, embedded, *_ = embed(Path(config.data.path), names, encoder, source, store=store, max_turns=most)
     one_text = config.model.takes_one_text
     splits = split_arrays(dataset, embedded, encoder, source, one_text=one_text)
     examples = dataset.splits[judged]

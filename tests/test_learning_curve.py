@@ -9,6 +9,7 @@ from test_rivals import CONFIG
 from tiny_bert import WORDS, tensors, write_folder
 
 from benchmarks import learning_curve
+from prime_jax.data.grouping import some_conversations
 from prime_jax.data.records import Dataset, Example, Passage, write_dataset
 
 
@@ -23,12 +24,12 @@ def conversations(count: int) -> tuple[Example, ...]:
 @pytest.mark.parametrize("size", [2, 17, 40])
 def test_a_part_has_whole_conversations_and_lies_in_every_larger_one(size: int) -> None:
     examples = conversations(40)
-    part = learning_curve.first_conversations(examples, size)
+    part = some_conversations(examples, size)
     np.testing.assert_array_equal(part[::2], part[1::2])
     assert abs(int(part.sum()) - size) <= 1
     for larger in (20, 30, 40):
         if larger >= size:
-            assert not (part & ~learning_curve.first_conversations(examples, larger)).any()
+            assert not (part & ~some_conversations(examples, larger)).any()
 
 
 def test_every_size_has_its_figures_and_the_curves_are_drawn(tmp_path: Path) -> None:

@@ -8,11 +8,10 @@ import sys
 from argparse import ArgumentParser
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import compress
 from pathlib import Path
 
-import numpy as np
-
-from prime_jax.data.grouping import CONVERSATION, conversation_labels
+from prime_jax.data.grouping import CONVERSATION, some_conversations
 from prime_jax.data.records import SPLITS, Dataset, Example, Passage, load_dataset, write_dataset
 from prime_jax.errors import DataError, PredictorError
 from prime_jax.files import user_path
@@ -117,11 +116,7 @@ def _some(examples: tuple[Example, ...], most: int | None, seed: int) -> Sequenc
         raise DataError(f"combine: {most} examples of a set are none")
     if most is None or most >= len(examples):
         return examples
-    labels = conversation_labels(examples)
-    place = np.random.default_rng(seed).permutation(int(labels.max()) + 1)[labels]
-    counts = np.bincount(place).cumsum()
-    last = int(np.argmin(np.abs(counts - most)))
-    return [examples[int(row)] for row in np.flatnonzero(place <= last)]
+    return list(compress(examples, some_conversations(examples, most, seed=seed)))
 
 
 if __name__ == "__main__":

@@ -67,13 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (PredictorError, OSError) as mistake:
         print(f"prime-jax evaluate: {mistake}", file=sys.stderr)
         return 2
-    _print(values, given.out, given.data)
+    _print(values, given.out)
     return 0
 
 
-def _print(values: Mapping[str, Any], out: Path, data: Path) -> None:
+def _print(values: Mapping[str, Any], out: Path) -> None:
     """The table of methods, the headline, and where the report is."""
-    from prime_jax.evaluate.advice import better_baseline
     from prime_jax.evaluate.words import method_table
 
     head, rows = method_table(values)
@@ -83,9 +82,8 @@ def _print(values: Mapping[str, Any], out: Path, data: Path) -> None:
     console = Console()
     console.print(table)
     console.print(values["headline"], highlight=False)
-    for words in (values.get("advice"), better_baseline(values["methods"], data)):
-        if words:
-            console.print(words, highlight=False)
+    if advice := values.get("advice"):
+        console.print(advice, highlight=False)
     print(f"report: {out / 'report.html'}")
 
 

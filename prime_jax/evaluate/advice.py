@@ -1,7 +1,9 @@
 """Which predictor to train with the data at hand; the figures behind it are in docs/studies/text.md."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prime_jax.config import Config
 from prime_jax.data.encode import Encoder
@@ -41,18 +43,29 @@ def advice(config: Config | None, encoder: Encoder, examples: int) -> str:
     return ""
 
 
-def better_baseline(methods: Mapping[str, Mapping[str, float]], data: Path) -> str:
+def better_baseline(scores: Mapping[str, float], data: Path, config: Config | None) -> str:
     """How to ship the baseline that beat the prediction, "" where none did that can be exported.
 
     Args:
-        methods: Of a report: figures by metric for each method.
+        scores: MRR@10 of each method.
         data: The data folder.
+        config: Of the run that was measured.
     """
-    best = max(methods, key=lambda name: methods[name]["MRR@10"])
+    best = max(scores, key=lambda name: scores[name])
     candidate = AS_CANDIDATE.get(best, best)
-    if candidate not in UNTRAINED:
-        return ""
+    if config is None or config.steered or config.data.context_from != "data" or candidate not in UNTRAINED:
+        return ""  # turns that are not those of the data cannot be named on the command line
+    read: dict[str, Any] = {
+        "baseline": candidate,
+        "data": data,
+        "encoder": config.data.encoder,
+        "query-prefix": config.data.query_prefix,
+        "passage-prefix": config.data.passage_prefix,
+        "max-turns": config.model.max_context_length,
+        "out": "bundle",
+    }
+    words = [word for name, value in read.items() if value for word in (f"--{name}", str(value))]
     return (
-        f"Here the baseline {best} is better than the prediction: prime-jax export --baseline {candidate} "
-        f"--data {data} --out bundle makes a bundle of it."
+        f"Here the baseline {best} is better than the prediction; to make a bundle of it: "
+        f"prime-jax export {shlex.join(words)}"
     )

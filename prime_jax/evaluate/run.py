@@ -22,7 +22,7 @@ from prime_jax.data.records import Dataset, Example
 from prime_jax.data.store import holds_store
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate.ablation import ablated
-from prime_jax.evaluate.advice import advice
+from prime_jax.evaluate.advice import advice, better_baseline
 from prime_jax.evaluate.arrays import Corpus, Split
 from prime_jax.evaluate.evaluation import evaluate_methods
 from prime_jax.evaluate.reliability import Judged
@@ -85,7 +85,7 @@ def evaluate_run(
         )
         turns = not (predictor.config and predictor.config.steered)
         one_text = predictor.takes_one_text
-        splits = split_arrays(dataset, embedded, used, source, turns=turns, one_text=one_text)
+        splits = split_arrays(dataset, embedded, used, source, joined_texts=turns, one_text=one_text)
         test, passages, scope = splits[split], embedded.corpus(), embedded.corpus_scope
         predicted = predictions(predictor, test)
         evaluation = evaluate_methods(
@@ -101,9 +101,14 @@ def evaluate_run(
             judged=_judged(predictor, test, predicted),
             ablated=ablated(predictor, seen_by(predictor, test), seed) if ablation else None,
         )
+        scores = {name: method.mean("MRR@10") for name, method in evaluation.methods.items()}
+        advised = (
+            advice(predictor.config, used, len(dataset.splits["train"])),
+            better_baseline(scores, data, predictor.config),
+        )
         facts = {
             "index": index,
-            "advice": advice(predictor.config, used, len(dataset.splits["train"])),
+            "advice": " ".join(filter(None, advised)),
             **steering_facts(predictor, steering),
             **_facts(predictor.info(), dataset, embedded, used),
         }
@@ -247,7 +252,7 @@ def split_arrays(
     encoder: Encoder,
     source: DataConfig,
     *,
-    turns: bool = True,
+    joined_texts: bool = True,
     one_text: bool = False,
 ) -> dict[str, Split]:
     """Every split as arrays. Texts of several turns are encoded where the data itself has turns.
@@ -257,11 +262,12 @@ def split_arrays(
         embedded: Their embeddings.
         encoder: Encodes what is missing.
         source: How they were encoded.
-        turns: Whether the model sees turns; a steered one has a steering vector in their place.
+        joined_texts: Whether to encode the texts of several turns that baselines search with; where a
+            steering vector stands in the place of turns there are none.
         one_text: Whether the model takes query and turns as one text, so that every split needs it.
     """
     said = (example.context for examples in dataset.splits.values() for example in examples)
-    has_turns = turns and any(said)
+    has_turns = joined_texts and any(said)
     arrays = {}
     for name, part in embedded.splits.items():
         context, mask, query = part.arrays(embedded.store)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from numpy import ndarray
 
 from prime_jax.config import DataConfig
-from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.data.encode import load_encoder
 from prime_jax.data.grouping import conversation_labels
 from prime_jax.errors import DataError
 from prime_jax.evaluate import UNTRAINED
@@ -90,17 +90,13 @@ def compare_untrained(
     *,
     max_turns: int = 10,
     only: Sequence[str] = UNTRAINED,
-    encoder: Encoder | None = None,
-    store: Path | None = None,
 ) -> Comparison:
     """Tune every candidate on dev.
 
     Args:
-        source: Data folder, encoder and prefixes.
+        source: Data folder, encoder, prefixes and embedding store.
         max_turns: Most turns that are looked at.
         only: Names of the candidates.
-        encoder: Embeds texts; None takes the one that `source` names.
-        store: Embedding store; None takes that of `source`, or `embeddings/` in the data folder.
 
     Raises:
         ConfigError: If there is no such encoder.
@@ -110,13 +106,13 @@ def compare_untrained(
         if name not in UNTRAINED:
             raise DataError(f"{name}: there is no such baseline to export; there are {', '.join(UNTRAINED)}")
     assert source.path is not None
-    encoder = load_encoder(source.encoder, source.encoder_precision) if encoder is None else encoder
-    store = Path(source.store) if store is None and source.store else store
+    encoder = load_encoder(source.encoder, source.encoder_precision)
+    store = None if source.store is None else Path(source.store)
     folder = Path(source.path)
     fitted = any(name.startswith("ridge") for name in only) and (folder / "train.jsonl").is_file()
     needed = ("train", "dev") if fitted else ("dev",)
     data = embed(folder, needed, encoder, source, store=store, max_turns=max_turns)
-    splits = split_arrays(data.dataset, data.embedded, encoder, source)
+    splits = split_arrays(data.dataset, data.embedded, encoder, source, joined_texts=False)
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     makers: dict[str, Callable[[], Baseline]] = {
         "query": query,

@@ -161,7 +161,7 @@ def confidence_words(values: Mapping[str, Any]) -> list[str]:
     ]
     if guard := values["guard"]:
         told.append(
-            f"Behind the guard, which goes back to {guard.get('fallback', 'the query')} where the query is "
+            f"Behind the guard, which goes back to {guard['fallback']} where the query is "
             f"unlike those of training, MRR@10 is {guard['MRR@10']:.3f} and P@5 {guard['P@5']:.3f}; on "
             f"average it lets {guard['trust']:.0%} of a prediction through."
         )

@@ -44,19 +44,26 @@ _EXPLAINED_USAGE = (
 )
 
 
-def words_of_turns(config: PredictorConfig | MixConfig, facts: Mapping[str, Any]) -> Words:
-    """Of the models that take the embeddings of turns and query."""
-    N = config.max_context_length
-    encoder = _embeddings_from(facts, "Queries and turns")
-    if isinstance(config, MixConfig):
-        if "encoder" not in facts:
-            encoder = "Queries, turns and passages must be embeddings of one encoder, whichever it is."
-        turns = "their mean is" if config.average else "they are"
-        settings = f"no layers: turns are weighted by their age, {turns} added to the query"
-        settings += "" if config.linear == "none" else f"; linear map of the {config.linear}"
-        settings += "" if config.keep_query else " alone, to which nothing is added"
-    else:
-        settings = f"residual `{config.residual}`, context attention `{config.context_attention}`"
+def prime_words(config: PredictorConfig, facts: Mapping[str, Any]) -> Words:
+    """Of the default model."""
+    settings = f"residual `{config.residual}`, context attention `{config.context_attention}`"
+    return _of_turns(config.max_context_length, settings, _embeddings_from(facts, "Queries and turns"))
+
+
+def mix_words(config: MixConfig, facts: Mapping[str, Any]) -> Words:
+    """Of the models without layers."""
+    turns = "their mean is" if config.average else "they are"
+    settings = f"no layers: turns are weighted by their age, {turns} added to the query"
+    settings += "" if config.linear == "none" else f"; linear map of the {config.linear}"
+    settings += "" if config.keep_query else " alone, to which nothing is added"
+    encoder = "Queries, turns and passages must be embeddings of one encoder, whichever it is."
+    if "encoder" in facts:
+        encoder = _embeddings_from(facts, "Queries and turns")
+    return _of_turns(config.max_context_length, settings, encoder)
+
+
+def _of_turns(N: int, settings: str, encoder: str) -> Words:
+    """Of the models that take the embeddings of up to N turns and a query."""
     return Words(
         given="the embeddings of the past turns and of the current query",
         settings=settings,

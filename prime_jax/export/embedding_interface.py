@@ -5,12 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from prime_jax.errors import ExportError
 from prime_jax.evaluate.arrays import Split
-from prime_jax.export.card_words import steered_words, words_of_turns
+from prime_jax.export.card_words import prime_words, steered_words
 from prime_jax.export.interface import (
     JOINED,
     OUTPUTS,
@@ -21,10 +20,8 @@ from prime_jax.export.interface import (
     Words,
     source_of,
 )
-from prime_jax.export.joining import READING, joined
 from prime_jax.models import EmbeddingConfig, Model
-from prime_jax.models.jasper import JasperPredictor, SteeredConfig
-from prime_jax.models.mix import MixConfig
+from prime_jax.models.jasper import SteeredConfig
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.subspace import DecomposedJasperPredictor, SubspaceConfig
 from prime_jax.models.text import TextPredictor
@@ -79,8 +76,6 @@ class EmbeddingInterface(Interface):
         """What JAX answers, by name."""
         assert not isinstance(model, TextPredictor)
         inputs = given["context"], given["query"], given["context_mask"]
-        if not isinstance(model, JasperPredictor | DecomposedJasperPredictor):
-            return {"embedding": jnp.asarray(model(*inputs))}
         return _named(model.details(*inputs)._asdict())
 
     def predict_in_torch(self, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -91,12 +86,10 @@ class EmbeddingInterface(Interface):
         return _named(model.details(*inputs)._asdict())
 
     def torch_source(self) -> str:
-        """torch_runtime.py, with Llama layers where the model has such; torch_jasper.py; or torch_mix.py."""
+        """torch_runtime.py, with Llama layers where the model has such; or torch_jasper.py."""
         if isinstance(self.config, SteeredConfig):
             return source_of("torch_jasper.py")
-        if isinstance(self.config, MixConfig):
-            shared = (*READING, "check_inputs")
-            return joined(source_of("torch_mix.py"), source_of("torch_runtime.py"), shared)
+        assert isinstance(self.config, PredictorConfig)
         source = source_of("torch_runtime.py")
         if self.config.block == "gelu":
             return source
@@ -142,16 +135,14 @@ class EmbeddingInterface(Interface):
 
     def metadata(self) -> dict[str, object]:
         """Facts about the model in its ONNX file."""
-        config = self.config
+        config: Any = self.config
         facts: dict[str, object] = {
             "input_dim": config.input_dim,
             "output_dim": config.output_dim,
             "max_context_length": config.max_context_length,
             "normalised": "true",
+            "residual": config.residual,
         }
-        if isinstance(config, MixConfig):
-            return {**facts, "kind": config.kind, "linear": config.linear}
-        facts["residual"] = config.residual
         if isinstance(config, PredictorConfig):
             facts["context_attention"] = config.context_attention
         else:
@@ -162,9 +153,12 @@ class EmbeddingInterface(Interface):
 
     def words(self, facts: Mapping[str, Any]) -> Words:
         """What the card says of this kind."""
-        if isinstance(self.config, SteeredConfig):
-            return steered_words(self.config, facts)
-        return words_of_turns(self.config, facts)
+        config: Any = self.config
+        return (
+            prime_words(config, facts)
+            if isinstance(config, PredictorConfig)
+            else steered_words(config, facts)
+        )
 
     def check(self, model: Model) -> None:
         """Refuse a model with subspaces that never learned where they are.

@@ -119,7 +119,7 @@ def gather_evidence(predictor: Predictor, run: Path, data: Path, *, store: Path 
         opened.embedded,
         opened.encoder,
         opened.source,
-        turns=turns,
+        joined_texts=turns,
         one_text=predictor.takes_one_text,
     )
     passages = opened.embedded.corpus()

@@ -7,7 +7,7 @@ from prime_jax.export.interface import JOINED
 
 READING = (
     *("FORMATS", "_DTYPES", "PredictorError", "CheckpointError"),
-    *("verify", "read_safetensors", "_read_json", "_with_weights"),
+    *("verify", "read_safetensors", "_read_json", "_with_weights", "_opened"),
 )
 """What of torch_runtime.py opens a bundle of any kind."""
 

@@ -22,11 +22,9 @@ from torch.nn import functional
 from prime_jax.export.torch_runtime import (
     CheckpointError,
     PredictorError,
+    _opened,
     _read_json,
-    _with_weights,
     check_inputs,
-    read_safetensors,
-    verify,
 )
 
 # Everything above this line is in torch_runtime.py already.
@@ -132,8 +130,5 @@ def load_bundle(folder: str | Path) -> MixPredictor:
     Raises:
         CheckpointError: If a file is missing, damaged or does not fit; the message names it.
     """
-    folder = Path(folder)
-    verify(folder)
-    weights, shape = folder / "model.safetensors", MixConfig.from_json(folder / "config.json")
-    model: MixPredictor = _with_weights(MixPredictor, shape, read_safetensors(weights), weights)
+    model: MixPredictor = _opened(folder, MixConfig, MixPredictor)
     return model

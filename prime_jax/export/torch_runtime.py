@@ -297,20 +297,16 @@ def check_inputs(config: Any, context: Tensor, query: Tensor, context_mask: Tens
     if context.ndim != 3 or query.ndim != 2:
         raise PredictorError(f"context, query must have shape [B, N, D], [B, D], got {turns}, {asked}")
     if not (context.is_floating_point() and query.is_floating_point()):
-        raise PredictorError(
-            f"context is {context.dtype} and query {query.dtype}, expected floating-point embeddings"
-        )
+        found = f"context is {context.dtype} and query {query.dtype}"
+        raise PredictorError(f"{found}, expected floating-point embeddings")
     if turns[2] != config.input_dim:
         raise PredictorError(f"context has dimension {turns[2]}, the model takes {config.input_dim}")
     if asked != (turns[0], config.input_dim):
-        raise PredictorError(
-            f"query has shape {asked}, expected ({turns[0]}, {config.input_dim}) to go with the context"
-        )
+        fitting = (turns[0], config.input_dim)
+        raise PredictorError(f"query has shape {asked}, expected {fitting} to go with the context")
     if turns[1] > (most := config.max_context_length):
         raise PredictorError(f"{turns[1]} turns, the model takes at most {most}; pass the newest ones")
-    if context_mask is None:
-        return
-    if context_mask.shape != context.shape[:2] or context_mask.dtype != torch.bool:
+    if context_mask is not None and (context_mask.shape != turns[:2] or context_mask.dtype != torch.bool):
         found = f"{context_mask.dtype} {tuple(context_mask.shape)}"
         raise PredictorError(f"context_mask is {found}, expected torch.bool {turns[:2]}")
 
@@ -346,17 +342,21 @@ def load_bundle(folder: str | Path) -> EmbeddingPredictor:
     Raises:
         CheckpointError: If a file is missing, damaged or does not fit; the message names it.
     """
-    folder = Path(folder)
-    verify(folder)
-    weights, shape = folder / "model.safetensors", PredictorConfig.from_json(folder / "config.json")
-    model: EmbeddingPredictor = _with_weights(EmbeddingPredictor, shape, read_safetensors(weights), weights)
+    model: EmbeddingPredictor = _opened(folder, PredictorConfig, EmbeddingPredictor)
     return model
 
 
-def _with_weights(kind: type[Any], config: Any, tensors: Mapping[str, Tensor], path: str | Path) -> Any:
+def _opened(folder: str | Path, config: Any, make: Callable[[Any], nn.Module]) -> Any:
+    """A bundle's model: every file verified, `make` called with the config, in eval mode."""
+    verify(folder)
+    weights, shape = Path(folder) / "model.safetensors", config.from_json(Path(folder) / "config.json")
+    return _with_weights(make, shape, read_safetensors(weights), weights)
+
+
+def _with_weights(make: Any, config: Any, tensors: Mapping[str, Tensor], path: str | Path) -> Any:
     """A module of that kind with these weights, in eval mode; a weight that does not fit is named."""
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
-        model = kind(config)
+        model = make(config)
     expected = model.state_dict()
     for name in sorted(expected.keys() ^ tensors.keys()):
         raise CheckpointError(f"{path}: tensor {name!r} is {'missing' if name in expected else 'unexpected'}")

@@ -27,9 +27,8 @@ from torch.nn import functional
 from prime_jax.export.torch_runtime import (
     CheckpointError,
     PredictorError,
+    _opened,
     _read_json,
-    _with_weights,
-    read_safetensors,
     verify,
 )
 
@@ -315,11 +314,9 @@ def load_bundle(folder: str | Path) -> TextPredictor:
     Raises:
         CheckpointError: If a file is missing, damaged or does not fit; the message names it.
     """
-    folder = Path(folder)
-    verify(folder)
-    config, path = TextConfig.from_json(folder / "config.json"), folder / "model.safetensors"
-    tensors = read_safetensors(path)
-    model: TextPredictor = _with_weights(KINDS[config.encoder["model_type"]], config, tensors, path)
+    model: TextPredictor = _opened(
+        folder, TextConfig, lambda config: KINDS[config.encoder["model_type"]](config)
+    )
     return model
 
 

@@ -22,7 +22,7 @@ from prime_jax.nn.attention import MASKED
 from prime_jax.nn.linear import einsum_accumulate_f32, unit
 from prime_jax.types import Batch
 
-Given = tuple[Array, Array, Array | None]  # queries, what is left out for each, and their scopes
+Queries = tuple[Array, Array, Array | None]  # queries, what is left out for each, and their scopes
 Chunks = tuple[Array, Array, Array | None]  # numbers of their first passages, the passages, and their scopes
 
 
@@ -130,7 +130,7 @@ def _log_sum_exp(
 def _forward(
     queries: Array, corpus: Corpus, left_out: Array, scope: Array | None
 ) -> tuple[Array, tuple[Any, ...]]:
-    def share(given: Given, chunks: Chunks, axes: Any) -> Array:
+    def share(given: Queries, chunks: Chunks, axes: Any) -> Array:
         queries = given[0]
 
         def add(carry: tuple[Array, Array], chunk: Chunks) -> tuple[tuple[Array, Array], None]:
@@ -156,7 +156,7 @@ def _backward(kept: tuple[Any, ...], slope: Float[Array, " B"]) -> tuple[Array, 
     """The gradient: the mean passage under the softmax, computed anew chunk by chunk. The corpus has none."""
     queries, corpus, left_out, scope, answer = kept
 
-    def share(given: tuple[Given, Array], chunks: Chunks, axes: Any) -> Array:
+    def share(given: tuple[Queries, Array], chunks: Chunks, axes: Any) -> Array:
         asked, answer = given
 
         def add(mean: Array, chunk: Chunks) -> tuple[Array, None]:
@@ -198,7 +198,7 @@ def _shared_out(share: Callable[..., Array], corpus: Corpus) -> Callable[..., Ar
 
 
 @jax.named_scope("corpus_info_nce")
-def _logits(given: Given, chunk: Chunks, rows: int) -> Float[Array, "B m"]:
+def _logits(given: Queries, chunk: Chunks, rows: int) -> Float[Array, "B m"]:
     """Scores of one chunk's passages; those left out, of another scope, or only there to fill it, at nothing.
 
     Args:

@@ -43,6 +43,11 @@ class ServedConfig(Frozen):
         """Whether the newest turn given is the embedding of query and turns as one text."""
         return False
 
+    @property
+    def session(self) -> Literal["cache", "window", "none"]:
+        """What a session keeps of turns: what was computed of them, them alone, or there is no session."""
+        return "none"
+
     def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
         """What the model reads of a batch, in the order of its `details`."""
         return embeddings_of(batch)

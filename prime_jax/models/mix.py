@@ -50,6 +50,11 @@ class MixConfig(ServedConfig):
             raise ValueError("without a linear map the query must be kept")
         return self
 
+    @property
+    def session(self) -> Literal["cache", "window", "none"]:
+        """What a session keeps of turns: them alone."""
+        return "window"
+
     def build(self, *, dtype: DTypeLike = jnp.float32, rngs: nnx.Rngs) -> "MixPredictor":
         """Make the model this config describes: the untrained mix, a linear map of zeros."""
         return MixPredictor(self, dtype=dtype, rngs=rngs)

@@ -81,6 +81,11 @@ class PredictorConfig(ServedConfig):
         return self.conversation_input
 
     @property
+    def session(self) -> Literal["cache", "window", "none"]:
+        """What a session keeps of turns: what was computed of them."""
+        return "cache"
+
+    @property
     def copies_turns(self) -> bool:
         """Whether a mix of the turns is added to the query."""
         return self.residual in ("copy", "linear")

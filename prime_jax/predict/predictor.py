@@ -23,8 +23,6 @@ from prime_jax.errors import CheckpointError, PredictorError
 from prime_jax.models import Model
 from prime_jax.models.bundle import is_bundle, load_bundle
 from prime_jax.models.confidence import Confidence, read_confidence
-from prime_jax.models.mix import MixConfig, MixPredictor
-from prime_jax.models.prime import EmbeddingPredictor
 from prime_jax.models.text import TextPredictor
 from prime_jax.nn.target_head import map_memory
 from prime_jax.predict.batcher import Batcher
@@ -249,7 +247,7 @@ class Predictor:
             PredictorError: If `batch` is less than 1, `precision` unknown, or the model takes no turns.
         """
         programs = self._programs
-        if not isinstance(self.model, EmbeddingPredictor | MixPredictor):
+        if self.model.config.session == "none":
             raise PredictorError(
                 f"a {self.model.config.kind} model takes a steering vector, no turns, so it has no sessions"
             )
@@ -272,7 +270,7 @@ class Predictor:
 
     def _new_session_programs(self, batch: int, recipe: Recipe) -> SessionPrograms | WindowPrograms:
         config: Any = self.model.config
-        if isinstance(config, MixConfig):
+        if config.session == "window":
             window = (batch, config.max_context_length)
             return WindowPrograms(config, self._programs.program(window, recipe), batch)
         return SessionPrograms(config, self._programs.weights(recipe), recipe, batch)

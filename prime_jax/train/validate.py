@@ -29,7 +29,7 @@ from prime_jax.train.steered_judge import SteeredJudge
 
 DEPTH = 10
 UNSEEN = ("P@5", "MRR@10")  # also of the queries whose answers are not in train, where dev has both kinds
-TUNED_ON = 2048  # queries that a mix is chosen on
+TUNED_ON = 512  # queries that a mix is chosen on: each is searched with every mix
 SAMPLE = 2048  # vectors that a rank is estimated from
 COLLAPSED = 0.25  # of the targets' rank
 FAMILIAR = 2048  # training examples that a confidence knows the kind of

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny_bert
 
-from prime_jax.config import Config
+from prime_jax.config import Config, DataConfig
 from prime_jax.data.encode import Encoder
 from prime_jax.evaluate.advice import advice, better_baseline
 from prime_jax.models.jasper import JasperConfig
@@ -56,11 +56,15 @@ def test_nothing_is_said_of_models_that_are_steered_or_unknown(trainable: Encode
 
 
 def test_a_baseline_that_is_better_is_offered() -> None:
-    def found(**figures: float) -> str:
-        methods = {name: {"MRR@10": value} for name, value in figures.items()}
-        return better_baseline(methods, Path("my-data"))
+    config = Config(data=DataConfig(encoder="my encoder", query_prefix="query: "))
 
-    assert found(query=0.1, recency_mix=0.3, predicted=0.4) == ""
-    assert "--baseline recency_mix --data my-data" in found(query=0.1, recency_mix=0.5, predicted=0.4)
-    assert "--baseline text --data" in found(conversation_text=0.5, predicted=0.4)
-    assert found(rocchio=0.5, predicted=0.4) == ""  # searches twice, so it is no model
+    def offered(**scores: float) -> str:
+        return better_baseline(scores, Path("my-data"), config)
+
+    assert offered(query=0.1, recency_mix=0.3, predicted=0.4) == ""
+    assert offered(query=0.1, recency_mix=0.5, predicted=0.4).endswith(
+        "prime-jax export --baseline recency_mix --data my-data --encoder 'my encoder' "
+        "--query-prefix 'query: ' --max-turns 10 --out bundle"
+    )
+    assert "--baseline text --data" in offered(conversation_text=0.5, predicted=0.4)
+    assert offered(rocchio=0.5, predicted=0.4) == ""  # searches twice, so it is no model

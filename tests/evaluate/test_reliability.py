@@ -84,7 +84,7 @@ def told(evaluation: Evaluation) -> Evaluation:
     return replace(
         evaluation,
         reliability=reliability(said, predicted, query, COMPARED, seed=0),
-        guard={**means, "trust": 0.75},
+        guard={**means, "trust": 0.75, "fallback": "the query"},
         ablation={"no context": means},
     )
 
