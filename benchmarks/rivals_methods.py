@@ -322,6 +322,7 @@ def ours(task: Task, config: Config, seed: int) -> Cell:
     anew = settings.target != "frozen" or settings.y_encoder != "frozen"
     about = {
         "best_step": info["step"],
+        **{name: info[name] for name in ("blend_share",) if name in info},
         "parameters": info["parameters"],
         "dev_MRR@10": float(mean_reciprocal_rank(on_dev[None], dev.positives)[0]),
     }

@@ -143,7 +143,12 @@ def test_tune_writes_the_best_as_a_bundle(
     folder: Path, words: Path, tmp_path: Path, read: Comparison, capsys: pytest.CaptureFixture[str]
 ) -> None:
     told = ["--data", str(words), "--encoder", str(folder), "--max-turns", "2"]
-    assert tune([*told, "--out", str(tmp_path / "best")]) == 0
+    assert tune([*told, "--out", str(tmp_path / "best"), "--json", str(tmp_path / "found.json")]) == 0
+    report = read_json(tmp_path / "found.json")
+    assert (report["best"], report["questions"]) == (read.best.name, 13)
+    for one in read.candidates:
+        assert report["candidates"][one.name]["MRR@10"] == one.figures["MRR@10"]
+        assert report["candidates"][one.name]["settings"] == one.settings
     out = capsys.readouterr().out
     assert f"best on dev: {read.best.name}" in out
     assert "bundle:" in out

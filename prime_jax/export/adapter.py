@@ -13,7 +13,7 @@ from numpy import ndarray
 from prime_jax.errors import ExportError
 from prime_jax.files import atomic_path
 from prime_jax.models.text import TextPredictor
-from prime_jax.predict.adapter import FORMAT, name_of
+from prime_jax.predict.adapter import FORMAT
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.text import encoder_of
 from prime_jax.pretrained.bert import BertTextEncoder
@@ -109,4 +109,4 @@ def write_adapter_of(predictor: Predictor, file: Path, licence: str | None) -> N
 
 def _leaves(params: Any) -> Iterator[tuple[str, Any]]:
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        yield name_of(path), leaf
+        yield jax.tree_util.keystr(path, simple=True, separator="/"), leaf

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from prime_jax._version import __version__
 from prime_jax.errors import ConfigError, PredictorError
 from prime_jax.evaluate import UNTRAINED
-from prime_jax.files import user_path
+from prime_jax.files import user_path, write_json
 
 if TYPE_CHECKING:
     from prime_jax.config import DataConfig
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add_source_options(parser)
     parser.add_argument("--out", type=user_path, metavar="DIR", help="bundle of the best one")
+    parser.add_argument("--json", type=user_path, metavar="FILE", help="write the figures there, too")
     parser.add_argument(
         "--only",
         nargs="+",
@@ -43,6 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         source, turns = source_of_data(given)
         found = compare_untrained(source, max_turns=turns, only=given.only)
         _print(found)
+        if given.json is not None:
+            write_json(given.json, as_json(found))
         if given.out is not None:
             from prime_jax.export.bundle import Options
 
@@ -91,29 +95,42 @@ def source_of_data(given: Namespace) -> tuple["DataConfig", int]:
         raise ConfigError(f"--max-turns: {unfit.errors()[0]['msg']}") from None
 
 
-def facts_of_data(source: "DataConfig") -> dict[str, Any]:
-    """What a bundle says of the inputs that its model was tuned on."""
-    names = ("query_prefix", "passage_prefix", "context_from", "first_pass_k")
-    return {name: getattr(source, name) for name in names}
-
-
 def write_candidate(
     candidate: "Candidate", compared: "Comparison", out: Path, options: Any
 ) -> dict[str, Any]:
     """Write a candidate as a bundle; gives what parity.json holds."""
     from prime_jax.evaluate.untrained import model_of
-    from prime_jax.export.bundle import write_bundle
+    from prime_jax.export.bundle import INPUT_FACTS, write_bundle
 
     model, source = model_of(candidate, compared)
     data = compared.data
     facts = {
-        **facts_of_data(data.source),
+        **data.source.model_dump(include=set(INPUT_FACTS)),
         "encoder": data.encoder.identity,
         "metrics": candidate.figures,
         "data_hash": data.dataset.hash,
         "trained": candidate.name.startswith("ridge"),
     }
     return write_bundle(model, out, facts=facts, options=options, source=source)
+
+
+def as_json(found: "Comparison") -> dict[str, Any]:
+    """The figures, and what they were measured on."""
+    data = found.data
+    return {
+        "prime_jax": __version__,
+        "data_hash": data.dataset.hash,
+        "encoder": data.encoder.identity,
+        "max_turns": found.max_turns,
+        "questions": len(found.splits["dev"].query),
+        "passages": len(data.embedded.corpus_ids),
+        "best": found.best.name,
+        "candidates": {
+            one.name: {"settings": one.settings, **one.figures, "MRR@10 interval": one.interval}
+            for one in found.candidates
+        },
+        "impossible": found.impossible,
+    }
 
 
 def _print(found: "Comparison") -> None:

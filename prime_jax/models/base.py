@@ -2,10 +2,14 @@
 
 from typing import Any, Literal
 
+import jax
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field
 
 from prime_jax.frozen import Frozen
-from prime_jax.types import Batch
+from prime_jax.nn.remat import Remat
+from prime_jax.types import Batch, Prediction
 
 
 def embeddings_of(batch: Batch) -> tuple[Any, ...]:
@@ -51,3 +55,29 @@ class ServedConfig(Frozen):
     def inputs_of(self, batch: Batch) -> tuple[Any, ...]:
         """What the model reads of a batch, in the order of its `details`."""
         return embeddings_of(batch)
+
+
+class CountedModel(nnx.Module):
+    """What every model is: a module that knows its size."""
+
+    def num_params(self) -> int:
+        """Number of trained numbers."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+
+class TurnsModel(CountedModel):
+    """A model of turns and a query that has one answer, in training and outside."""
+
+    def details(
+        self,
+        context: Float[Array, "B N D"],
+        query: Float[Array, "B D"],
+        context_mask: Bool[Array, "B N"] | None = None,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+        remat: Remat = "none",
+        progress: Float[Array, ""] | float = 1.0,
+    ) -> Prediction:
+        """The prediction as every model gives it in training; `progress` changes nothing here."""
+        model: Any = self
+        return Prediction(model(context, query, context_mask, dropout_key=dropout_key, remat=remat))

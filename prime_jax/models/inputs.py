@@ -1,8 +1,20 @@
-"""What every model that takes turns refuses."""
+"""What models that take embeddings are called with, and what they refuse."""
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from prime_jax.errors import PredictorError
+
+
+def embedding_inputs(batch: int, turns: int, dim: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of context, query and context mask, by argument name."""
+    return {
+        "context": jax.ShapeDtypeStruct((batch, turns, dim), jnp.float32),
+        "query": jax.ShapeDtypeStruct((batch, dim), jnp.float32),
+        "context_mask": jax.ShapeDtypeStruct((batch, turns), jnp.bool_),
+    }
 
 
 def check_inputs(context: Any, query: Any, context_mask: Any, *, dim: int, most: int) -> None:

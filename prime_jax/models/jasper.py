@@ -14,7 +14,8 @@ from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
 from prime_jax.errors import PredictorError
-from prime_jax.models.base import ServedConfig
+from prime_jax.models.base import CountedModel, ServedConfig
+from prime_jax.models.inputs import embedding_inputs
 from prime_jax.models.residual import capped
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.mlp import MLP
@@ -55,14 +56,10 @@ class SteeredConfig(ServedConfig):
 
     def fake_inputs(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the model's inputs, by argument name."""
-        return {
-            "context": jax.ShapeDtypeStruct((batch, 1, self.input_dim), jnp.float32),
-            "query": jax.ShapeDtypeStruct((batch, self.input_dim), jnp.float32),
-            "context_mask": jax.ShapeDtypeStruct((batch, 1), jnp.bool_),
-        }
+        return embedding_inputs(batch, self.max_context_length, self.input_dim)
 
 
-class SteeredModel(nnx.Module):
+class SteeredModel(CountedModel):
     """What all steered models share: the call of everything outside training, answered by `details`."""
 
     config: SteeredConfig
@@ -96,10 +93,6 @@ class SteeredModel(nnx.Module):
     def details(self, *inputs: Any, **how: Any) -> Prediction:
         """The prediction with all that losses and explanations need; every model has its own."""
         raise NotImplementedError
-
-    def num_params(self) -> int:
-        """Number of trained numbers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
 
 class JasperConfig(SteeredConfig):

@@ -15,12 +15,11 @@ from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
 from prime_jax.errors import ConfigError
-from prime_jax.models.base import ServedConfig
-from prime_jax.models.inputs import check_inputs
+from prime_jax.models.base import ServedConfig, TurnsModel
+from prime_jax.models.inputs import check_inputs, embedding_inputs
 from prime_jax.models.residual import ages
 from prime_jax.nn.linear import Linear, unit
 from prime_jax.nn.remat import Remat
-from prime_jax.types import Prediction
 
 WEIGHT, DECAY = 0.3, 0.5  # of the newest turn, and from one turn to the one before it
 TURNS_OF_MAP = {"none": 0, "query": 1, "context": 3}
@@ -61,15 +60,10 @@ class MixConfig(ServedConfig):
 
     def fake_inputs(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the model's inputs, by argument name."""
-        turns = (batch, self.max_context_length)
-        return {
-            "context": jax.ShapeDtypeStruct((*turns, self.input_dim), jnp.float32),
-            "query": jax.ShapeDtypeStruct((batch, self.input_dim), jnp.float32),
-            "context_mask": jax.ShapeDtypeStruct(turns, jnp.bool_),
-        }
+        return embedding_inputs(batch, self.max_context_length, self.input_dim)
 
 
-class MixPredictor(nnx.Module):
+class MixPredictor(TurnsModel):
     """`unit(query + sum of turn_weights[age] * turn + linear_map(...))` of unit-norm query and turns.
 
     Attributes:
@@ -135,23 +129,6 @@ class MixPredictor(nnx.Module):
             mean = jnp.sum(turns, axis=1) / count
             added = added + self.linear_map(jnp.concatenate([query, mean, newest], axis=1))
         return unit(added)
-
-    def details(
-        self,
-        context: Float[Array, "B N D"],
-        query: Float[Array, "B D"],
-        context_mask: Bool[Array, "B N"] | None = None,
-        *,
-        dropout_key: Key[Array, ""] | None = None,
-        remat: Remat = "none",
-        progress: Float[Array, ""] | float = 1.0,
-    ) -> Prediction:
-        """The prediction as every model gives it in training; `progress` changes nothing here."""
-        return Prediction(self(context, query, context_mask, dropout_key=dropout_key, remat=remat))
-
-    def num_params(self) -> int:
-        """Number of trained numbers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
 
 def mix_of(config: MixConfig, weight: float, decay: float) -> MixPredictor:

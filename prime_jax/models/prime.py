@@ -9,8 +9,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 from pydantic import Field, model_validator
 
-from prime_jax.models.base import ServedConfig
-from prime_jax.models.inputs import check_inputs
+from prime_jax.models.base import ServedConfig, TurnsModel
+from prime_jax.models.inputs import check_inputs, embedding_inputs
 from prime_jax.models.layers import InitFrom, check_block, llama_shape
 from prime_jax.models.residual import capped, mixed_turns
 from prime_jax.nn.blocks import PredictorTransformerBlock, layer_norm
@@ -19,7 +19,6 @@ from prime_jax.nn.llama import LlamaBlock, RMSNorm
 from prime_jax.nn.masks import ContextAttention, attention_mask, positions
 from prime_jax.nn.remat import Remat, rematerialised
 from prime_jax.nn.rotary import RopeScaling, RotaryTable, Rotation, rotary_table
-from prime_jax.types import Prediction
 
 TOKEN_STD = 0.02
 COPY_WEIGHT, COPY_DECAY = 0.5, 0.7  # the recency mix that the copy path starts from
@@ -112,18 +111,13 @@ class PredictorConfig(ServedConfig):
 
     def fake_inputs(self, batch: int) -> dict[str, jax.ShapeDtypeStruct]:
         """Shapes of the model's inputs, by argument name."""
-        turns = (batch, self.max_context_length)
-        return {
-            "context": jax.ShapeDtypeStruct((*turns, self.input_dim), jnp.float32),
-            "query": jax.ShapeDtypeStruct((batch, self.input_dim), jnp.float32),
-            "context_mask": jax.ShapeDtypeStruct(turns, jnp.bool_),
-        }
+        return embedding_inputs(batch, self.max_context_length, self.input_dim)
 
 
 Block = PredictorTransformerBlock | LlamaBlock
 
 
-class EmbeddingPredictor(nnx.Module):
+class EmbeddingPredictor(TurnsModel):
     """JEPA-style predictor of the embedding to search with (FR-PRED-001 to 007).
 
     The sequence `[PRED], turns, query` goes through pre-norm transformer layers; the [PRED] token's answer,
@@ -204,23 +198,6 @@ class EmbeddingPredictor(nnx.Module):
             if self.config.residual == "linear":
                 delta = delta + self._linear(query, mix, dropout_key)
         return unit(base + capped(delta, self.config.max_delta))
-
-    def details(
-        self,
-        context: Float[Array, "B N D"],
-        query: Float[Array, "B D"],
-        context_mask: Bool[Array, "B N"] | None = None,
-        *,
-        dropout_key: Key[Array, ""] | None = None,
-        remat: Remat = "none",
-        progress: Float[Array, ""] | float = 1.0,
-    ) -> Prediction:
-        """The prediction as every model gives it in training; `progress` changes nothing here."""
-        return Prediction(self(context, query, context_mask, dropout_key=dropout_key, remat=remat))
-
-    def num_params(self) -> int:
-        """Number of trained numbers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def _transform(
         self,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from pydantic import Field, model_validator
 
 from prime_jax.errors import ConfigError
-from prime_jax.models.base import ServedConfig
+from prime_jax.models.base import CountedModel, ServedConfig
 from prime_jax.nn.bert import Pooling, pool
 from prime_jax.nn.encoders import EncoderConfig, build_encoder
 from prime_jax.nn.linear import einsum_accumulate_f32, unit
@@ -96,7 +96,7 @@ class TextConfig(ServedConfig):
         return passes * 2.0 * tokens * (matrices + attention)
 
 
-class TextPredictor(nnx.Module):
+class TextPredictor(CountedModel):
     """An encoder of conversations (see the module's text).
 
     Args:
@@ -197,10 +197,6 @@ class TextPredictor(nnx.Module):
 
         real = segments > 0
         return self._with_query(embedded(real), lambda: embedded(real & (age == 0)))
-
-    def num_params(self) -> int:
-        """Number of trained numbers."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
 
     def _with_query(
         self, whole: Float[Array, "*a E"], query: Callable[[], Float[Array, "*a E"]]

@@ -13,23 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from numpy import ndarray
 from pydantic import ValidationError
 
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.errors import CheckpointError, ConfigError
 from prime_jax.models.bundle import read_tensors
-from prime_jax.models.text import TextConfig, TextPredictor
+from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.train.text_start import reading_config, starting_params
+from prime_jax.train.text_start import reading_config, started_model, starting_params
 
 FORMAT = "prime-jax adapter 1"
 MOST_BYTES = 64 * 1024 * 1024
 FLOAT32 = np.dtype(np.float32)
-
-
 _FACTS = {"query_prefix": str, "data_hash": str, "licence": str, "attribution": str, "metrics": dict}
 """What a file may say beside its format, its encoder and its model."""
 
@@ -40,15 +37,16 @@ def read_facts(file: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: If it is missing, damaged, or something else.
     """
+    from safetensors import SafetensorError, safe_open
+
     try:
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            if size > min(MOST_BYTES, file.stat().st_size):
-                raise ValueError("its header is longer than the file")
-            told: Any = json.loads(json.loads(stream.read(size))["__metadata__"]["prime_jax"])
+        if file.stat().st_size > MOST_BYTES:
+            raise ValueError(f"{file.stat().st_size:,} bytes are none")
+        with safe_open(file, framework="numpy") as opened:
+            told: Any = json.loads(opened.metadata()["prime_jax"])
     except FileNotFoundError:
         raise CheckpointError(f"{file}: the file is missing") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RecursionError) as broken:
         raise CheckpointError(f"{file}: not an adapter ({broken})") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise CheckpointError(f"{file}: not an adapter of the format {FORMAT!r}")
@@ -84,10 +82,9 @@ def load_adapter(file: str | Path, encoder: Encoder | str = "minilm") -> Predict
         config = reading_config(TextConfig(**told["model"]), found, str(encoder))
     except (ValidationError, KeyError, TypeError) as unfit:
         raise CheckpointError(f"{file}: does not describe a model ({unfit})") from None
-    params = _added(starting_params(config, found), _tensors(file), file)
-    graph = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[0]
-    model: TextPredictor = nnx.merge(graph, params)
+    params = _added(starting_params(config, found), read_tensors(file), file)
     facts = {name: fact for name, fact in told.items() if name != "model"}
+    model = started_model(config, params)
     return Predictor(model, facts={**facts, "source": str(found.source.transformer), "adapter": str(file)})
 
 
@@ -98,7 +95,7 @@ def _added(params: Any, tensors: Mapping[str, ndarray], file: Path) -> Any:
     open_ = dict(tensors)
 
     def changed(path: Any, leaf: Any) -> Any:
-        name = name_of(path)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
         if name in open_ and name == "roles":
             return _fitting(open_.pop(name), leaf.shape, name, file)
         if f"{name}/a" not in open_:
@@ -124,14 +121,3 @@ def _fitting(value: ndarray, shape: tuple[int, ...], name: str, file: Path) -> n
             f"{file}: {name} must be finite float32 of shape {shape}, found {value.dtype} {value.shape}"
         )
     return value
-
-
-def _tensors(file: Path) -> dict[str, ndarray]:
-    if file.stat().st_size > MOST_BYTES:
-        raise CheckpointError(f"{file}: {file.stat().st_size:,} bytes are no adapter")
-    return read_tensors(file)
-
-
-def name_of(path: Any) -> str:
-    """A parameter's name in the file: the keys of the nested dicts that lead to it."""
-    return "/".join(str(part.key) for part in path)

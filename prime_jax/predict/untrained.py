@@ -3,16 +3,15 @@
 What they are worth beside trained ones is in docs/untrained.md.
 """
 
-from flax import nnx
 from pydantic import ValidationError
 
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.errors import ConfigError
 from prime_jax.models.mix import DECAY, WEIGHT, MixConfig, mix_of
-from prime_jax.models.text import TextConfig, TextPredictor
+from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.train.text_start import reading_config, starting_params
+from prime_jax.train.text_start import reading_config, started_model, starting_params
 
 MAX_TOKENS = 96  # that are read of query and turns; encoders do not gain from more without training
 QUERY_WEIGHT = 1.0  # of the query's own embedding beside that of the whole
@@ -81,8 +80,7 @@ def _reader(encoder: Encoder | str, max_turns: int, query_weight: float, query_p
         query_weight=query_weight,
     )
     config = reading_config(given, found, str(encoder))
-    graph = nnx.split(nnx.eval_shape(lambda: config.build(rngs=nnx.Rngs(0))))[0]
-    model: TextPredictor = nnx.merge(graph, starting_params(config, found))
+    model = started_model(config, starting_params(config, found))
     source = found.source.transformer
     facts = {"source": str(source), "encoder": found.identity, "query_prefix": query_prefix}
     return Predictor(model, facts=facts)

@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from pydantic import ValidationError
 
 from prime_jax.config import Config
@@ -15,11 +17,12 @@ from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.data.records import Dataset
 from prime_jax.data.sequences import PackedBatches
 from prime_jax.errors import ConfigError
-from prime_jax.models.text import ROLES, TextConfig
+from prime_jax.models.text import ROLES, TextConfig, TextPredictor
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.families import read_encoder_config
 from prime_jax.train.collective import say
 from prime_jax.train.sharding import make_mesh
+from prime_jax.train.state import build_graph
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,12 @@ def starting_params(model: TextConfig, encoder: BertTextEncoder) -> dict[str, An
     if model.roles:
         params["roles"] = np.zeros((ROLES, model.output_dim), np.float32)
     return params
+
+
+def started_model(model: TextConfig, params: Any) -> TextPredictor:
+    """The model of a complete configuration with parameters such as those of `starting_params`."""
+    made: TextPredictor = nnx.merge(build_graph(model, jnp.float32), params)
+    return made
 
 
 def text_start(
