@@ -22,21 +22,20 @@ class ServeSettings(BaseSettings):
         extra="forbid",
         frozen=True,
         cli_kebab_case=True,
+        cli_hide_none_type=True,
         cli_exit_on_error=False,
         cli_prog_name="python -m prime_jax.serve",
     )
 
-    run: Path | None = Field(
-        default=None, description="run folder, checkpoint folder or bundle; this or --untrained is needed"
-    )
+    run: Path | None = Field(default=None, description="run folder, checkpoint folder or bundle")
     untrained: int | None = Field(
-        default=None, ge=1, description="instead of a run: embeddings of this dimension, nothing is trained"
+        default=None, ge=1, description="instead of a run: embeddings of this dimension"
     )
     encoder: str | None = Field(
         default=None, description="encoder that clients use; refused if the run was trained with another one"
     )
     max_turns: int | None = Field(
-        default=None, ge=1, le=50, description="with --untrained: most turns of a request (default: 10)"
+        default=None, ge=1, le=50, description="of a request, with --untrained; else 10"
     )
     host: str = Field(default="127.0.0.1", description="address to listen on; 0.0.0.0 for all")
     port: int = Field(default=8000, ge=0, le=65535, description="port to listen on; 0 takes a free one")
