@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import nnx
+from pydantic import ValidationError
 
 from prime_jax._version import __version__
-from prime_jax.config import read_config
+from prime_jax.config import Config, read_config
 from prime_jax.models import AnyConfig
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
 
@@ -45,6 +46,17 @@ def sample(config: AnyConfig, count: int) -> list[Asked]:
         return np.asarray(vectors / np.linalg.norm(vectors, axis=-1, keepdims=True))
 
     return [Asked(unit(1 + row % config.max_context_length), unit()) for row in range(count)]
+
+
+def with_defaults(recorded: dict[str, Any], exclude: Any) -> dict[str, Any]:
+    """A configuration as a file of results has it, with what was not there to be set when that was written.
+
+    A setting that is added later stands at what was done before, so results of before remain good.
+    """
+    try:
+        return Config.model_validate(recorded).model_dump(mode="json", exclude=exclude)
+    except ValidationError:  # a setting is gone: as it is, the two will differ
+        return recorded
 
 
 def facts(*packages: str) -> dict[str, Any]:

@@ -40,7 +40,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import facts
+from benchmarks.common import facts, with_defaults
 from benchmarks.rivals_methods import FineTuning, Method, Task, open_task, ours, untrained_methods
 from benchmarks.rivals_table import against, as_json, markdown, mean_figures, row_of
 from benchmarks.study import Opened
@@ -134,10 +134,13 @@ def run_missing(methods: Sequence[Method], seeds: Sequence[int], result: dict[st
     for method in methods:
         settings, known = json.loads(json.dumps(method.settings)), cells.get(method.name, {})
         for key, cell in known.items():  # of other seeds, too: a row is the mean of one thing
-            if cell["settings"] != settings:
+            made_with = cell["settings"]
+            if method.ours:
+                made_with = with_defaults(made_with, _ELSEWHERE)
+            if made_with != settings:
                 raise DataError(
                     f"{out}: {method.name}, seed {key}, was made with other settings "
-                    f"({_difference(cell['settings'], settings)}); choose another --out"
+                    f"({_difference(made_with, settings)}); choose another --out"
                 )
         wanted = {str(seed): seed for seed in seeds} if method.seeded else {"any": 0}
         todo += [(method, seed, key, settings) for key, seed in wanted.items() if key not in known]

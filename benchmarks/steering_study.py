@@ -24,7 +24,7 @@ import numpy as np
 from flax import nnx
 from numpy import ndarray
 
-from benchmarks.common import facts
+from benchmarks.common import facts, with_defaults
 from benchmarks.study import JUDGED, METRICS, Figures
 from prime_jax import load
 from prime_jax.config import Config, read_config
@@ -184,6 +184,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = opened(base, given.split)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
     told = base.model_dump(mode="json", exclude=_ELSEWHERE)
+    if "config" in result:
+        result["config"] = with_defaults(result["config"], _ELSEWHERE)
     same = {"data_hash": data.hash, "seeds": given.seeds, "split": given.split, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy import ndarray
 
-from benchmarks.common import facts
+from benchmarks.common import facts, with_defaults
 from prime_jax import load
 from prime_jax.config import Config, read_config
 from prime_jax.data.encode import load_encoder
@@ -157,7 +157,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     data = opened(base, given.unseen)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {}
     unused = {} if base.hybrid.watching else {"hybrid": True}
-    told = base.model_dump(mode="json", exclude={**_ELSEWHERE, **unused})
+    exclude = {**_ELSEWHERE, **unused}
+    told = base.model_dump(mode="json", exclude=exclude)
+    if "config" in result:
+        result["config"] = with_defaults(result["config"], exclude)
     same = {"data_hash": data.hash, "seeds": given.seeds, "unseen_key": given.unseen, "config": told}
     if any(result.get(name, value) != value for name, value in same.items()):
         parser.error(f"{given.out} holds a study of other data or settings; choose another file")

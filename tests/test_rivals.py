@@ -9,9 +9,10 @@ import pytest
 from tiny_bert import HIDDEN, WORDS, tensors, write_folder
 
 from benchmarks import rivals
+from benchmarks.common import with_defaults
 from benchmarks.rivals_methods import open_task
 from benchmarks.rivals_table import mean_figures
-from prime_jax.config import read_config
+from prime_jax.config import Config, read_config
 from prime_jax.data.records import Dataset, Example, Passage, write_dataset
 from prime_jax.errors import PredictorError
 from prime_jax.pretrained.bert import BertTextEncoder
@@ -175,6 +176,14 @@ def test_other_settings_and_unknown_rows_are_refused(
     assert "query_prefix '', now 'x:'" in refused("--only", "query", "--data.query-prefix=x:")
     assert "--only qery: there is no such row; there are query, recency_mix" in refused("--only", "qery")
     assert table.read_bytes() == content
+
+
+def test_a_setting_that_came_later_leaves_results_good() -> None:
+    now = Config().model_dump(mode="json")
+    before = json.loads(json.dumps(now))
+    del before["train"]["blend_with_start"]
+    assert with_defaults(before, None) == now
+    assert with_defaults({**before, "train": {"gone": 1}}, None) == {**before, "train": {"gone": 1}}
 
 
 def test_without_sentence_transformers_it_says_what_to_install(
