@@ -20,13 +20,14 @@ if TYPE_CHECKING:
         WrongAnswerError,
     )
     from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
-    from prime_jax.predict.adapter import load_adapter
+    from prime_jax.predict.adapter import general, load_adapter
     from prime_jax.predict.predictor import Predictor, load
     from prime_jax.predict.schema import PredictorInput, PredictorOutput
     from prime_jax.predict.untrained import untrained
 
 _HOME = {
     "load": "prime_jax.predict.predictor",
+    "general": "prime_jax.predict.adapter",
     "load_adapter": "prime_jax.predict.adapter",
     "untrained": "prime_jax.predict.untrained",
     "Predictor": "prime_jax.predict.predictor",
@@ -61,6 +62,7 @@ __all__ = [
     "TrainingConfig",
     "WrongAnswerError",
     "__version__",
+    "general",
     "load",
     "load_adapter",
     "untrained",

@@ -13,7 +13,8 @@ import prime_jax
 from prime_jax.errors import CheckpointError, ConfigError, ExportError
 from prime_jax.export.__main__ import main as export
 from prime_jax.export.adapter import write_adapter
-from prime_jax.predict.adapter import FORMAT, load_adapter, read_facts
+from prime_jax.models.adapter import FORMAT, read_facts
+from prime_jax.predict.adapter import load_adapter
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.train.__main__ import main as train
 
@@ -31,14 +32,17 @@ def run(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the shipped configuration, only smaller."""
     root = tmp_path_factory.mktemp("adapted")
     data = tiny_bert.write_texts(root / "data")
-    settings = [
+    assert train([*settings(folder, data), "--out", str(root / "run")]) == 0
+    return root / "run"
+
+
+def settings(folder: Path, data: Path) -> list[str]:
+    return [
         *("--config", str(CONFIGS / "general.yaml"), "--model.input-dim", "32", "--model.output-dim", "32"),
         *("--model.max-tokens", "32", "--train.batch-size", "8", "--train.learning-rate", "0.05"),
         *("--train.lora-rank", "3", "--data.encoder", str(folder), "--data.path", str(data)),
         *("--mesh.data", "1", "--train.blend-with-start", "false"),
     ]
-    assert train([*settings, "--out", str(root / "run")]) == 0
-    return root / "run"
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +73,44 @@ def test_it_is_exported_like_any_other(run: Path, file: Path, folder: Path, tmp_
         prime_jax.load(tmp_path / "bundle").predict_text(TALKS, QUERIES),
         prime_jax.load(run).predict_text(TALKS, QUERIES),
         atol=1e-5,
+    )
+
+
+def test_training_goes_on_from_an_adapter(run: Path, file: Path, folder: Path, tmp_path: Path) -> None:
+    data = tiny_bert.write_texts(tmp_path / "data")
+    start = ["--train.start", str(file)]
+    still = ["--train.learning-rate", "1e-30", "--out", str(tmp_path / "still")]
+    assert train([*settings(folder, data), *start, *still]) == 0
+    expected = prime_jax.load(run).predict_text(TALKS, QUERIES)
+    np.testing.assert_allclose(
+        prime_jax.load(tmp_path / "still").predict_text(TALKS, QUERIES), expected, atol=1e-5
+    )
+    assert train([*settings(folder, data), *start, "--out", str(tmp_path / "run")]) == 0
+    moved = prime_jax.load(tmp_path / "run").predict_text(TALKS, QUERIES)
+    assert np.abs(moved - expected).max() > 0.01
+    out = ["--out", str(tmp_path / "bundle"), "--adapter", str(tmp_path / "both.safetensors")]
+    assert export(["--run", str(tmp_path / "run"), *out]) == 0
+    both = load_adapter(tmp_path / "both.safetensors", str(folder))
+    np.testing.assert_allclose(both.predict_text(TALKS, QUERIES), moved, atol=1e-5)
+
+
+@pytest.mark.usefixtures("as_users_run_it")
+def test_a_start_that_does_not_fit_is_refused(
+    file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tiny_bert.write_texts(tmp_path / "data")
+    other = tiny_bert.write_folder(tmp_path / "other", tiny_bert.tensors(seed=1))
+
+    def refused(message: str, encoder: Path, *more: str) -> None:
+        assert train([*settings(encoder, data), "--out", str(tmp_path / "run"), *more]) == 2
+        assert message in capsys.readouterr().err
+
+    refused("belongs to the encoder", other, "--train.start", str(file))
+    refused("the file is missing", folder, "--train.start", str(tmp_path / "nowhere.safetensors"))
+    refused("roles has no place in this model", folder, "--train.start", str(file), "--model.roles", "false")
+    refused(
+        "which goes with a text predictor that starts as its encoder",
+        *(folder, "--train.start", str(file), "--model.checkpoint-path", str(tmp_path)),
     )
 
 
@@ -112,7 +154,7 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
     refused("not float32 that fits together", **{name: tensors[name][:, :1]})
     refused("not float32 that fits together", **{name: tensors[name].astype(np.float16)})
     refused("must be finite float32 of shape", **{name: tensors[name][:5]})
-    refused("has no place in this encoder", more=np.zeros(3, np.float32))
+    refused("has no place in this model", more=np.zeros(3, np.float32))
     save_file({}, broken, metadata={"prime_jax": json.dumps(told)})
     with pytest.raises(CheckpointError, match="holds no updates"):
         load_adapter(broken, encoder)

@@ -108,6 +108,11 @@ class TrainingConfig(Frozen):
     average_weights: float = Field(
         default=0.0, ge=0, lt=1, description="decay of a moving average of weights that predicts; 0: none"
     )
+    start: str = Field(
+        default="encoder",
+        description="text: start as the encoder, as the `general` predictor of the package, or with the "
+        "adapter of a file",
+    )
     blend_with_start: bool = Field(
         default=False,
         description="text: predict with the mix of start and trained weights that is best on dev",
@@ -264,6 +269,13 @@ class Config(Frozen):
             raise ValueError(
                 f"train.blend_with_start mixes with the encoder that a model starts as; a {self.model.kind} "
                 "model starts at random"
+            )
+        if self.train.start != "encoder" and (
+            not self.model.reads_text or self.model.checkpoint_path is not None
+        ):
+            raise ValueError(
+                f"train.start {self.train.start!r} is an adapter, which goes with a text predictor that "
+                "starts as its encoder (model.kind text, no model.checkpoint_path)"
             )
         if self.model.takes_one_text and self.data.context_from == "search":
             raise ValueError(

@@ -46,6 +46,9 @@ def _parser() -> ArgumentParser:
         help="what needs no training: for embeddings of a dimension, or reading texts with an encoder",
     )
     source.add_argument(
+        "--general", action="store_const", const=True, help="the predictor of the package, which reads texts"
+    )
+    source.add_argument(
         "--from-adapter", type=user_path, metavar="FILE", help="an adapter, added to its --encoder"
     )
     source.add_argument(

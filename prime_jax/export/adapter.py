@@ -12,12 +12,12 @@ from numpy import ndarray
 
 from prime_jax.errors import ExportError
 from prime_jax.files import atomic_path
+from prime_jax.models.adapter import FORMAT, adapter_rank
 from prime_jax.models.text import TextPredictor
-from prime_jax.predict.adapter import FORMAT
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.text import encoder_of
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.train.text_start import starting_params
+from prime_jax.train.text_start import adapter_of, starting_params
 
 TOLERANCE = 1e-4  # of a matrix's change, relative to its norm, that a product of low rank may miss
 _OF_ENCODER = ("encoder", "pooling", "lower_case", "separator_id")
@@ -104,7 +104,9 @@ def write_adapter_of(predictor: Predictor, file: Path, licence: str | None) -> N
     facts |= {} if licence is None else {"licence": licence}
     model: Any = predictor.model
     encoder: Any = encoder_of(predictor)  # the run started from it, so its weights are at hand
-    write_adapter(model, encoder, file, rank=config.train.lora_rank, facts=facts)
+    start = adapter_of(config.train.start)
+    rank = config.train.lora_rank + (0 if start is None else adapter_rank(start))
+    write_adapter(model, encoder, file, rank=rank, facts=facts)
 
 
 def _leaves(params: Any) -> Iterator[tuple[str, Any]]:

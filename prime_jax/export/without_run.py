@@ -11,6 +11,7 @@ TAKES = {
     "run": ("data", "store", "encoder"),
     "torch": (),
     "untrained": ("max_turns", "query_prefix"),
+    "general": (),
     "from_adapter": ("encoder",),
     "baseline": ("data", "store", "encoder", "max_turns", "query_prefix", "passage_prefix"),
 }
@@ -57,7 +58,7 @@ def write_without_run(given: Namespace, options: Any) -> dict[str, Any]:
         return _from_torch(given, options)
     if source == "baseline":
         return _baseline(given, options)
-    return _from_adapter(given, options) if source == "from_adapter" else _untrained(given, options)
+    return _untrained(given, options) if source == "untrained" else _from_adapter(given, options)
 
 
 def _from_torch(given: Namespace, options: Any) -> dict[str, Any]:
@@ -89,10 +90,13 @@ def _untrained(given: Namespace, options: Any) -> dict[str, Any]:
 
 
 def _from_adapter(given: Namespace, options: Any) -> dict[str, Any]:
-    """A bundle of an encoder with an adapter added."""
-    from prime_jax.predict.adapter import load_adapter
+    """A bundle of an encoder with an adapter added, or with that of the package."""
+    from prime_jax.predict.adapter import general, load_adapter
 
-    predictor = load_adapter(given.from_adapter, given.encoder or "minilm")
+    if given.general:
+        predictor = general()
+    else:
+        predictor = load_adapter(given.from_adapter, given.encoder or "minilm")
     told = predictor.info()
     words = [told[name] for name in ("licence", "attribution") if name in told]
     if options.licence is None and words:

@@ -34,7 +34,7 @@ from prime_jax.predict.schema import PredictorInput, PredictorOutput, predict_on
 from prime_jax.predict.session import Session
 from prime_jax.predict.session_programs import SessionPrograms, WindowPrograms
 from prime_jax.predict.started import Started
-from prime_jax.predict.text import Contexts, Queries, TextPaths, named_encoder
+from prime_jax.predict.text import Contexts, Queries, TextPaths, named_encoder, prefix_of
 from prime_jax.train import checkpoints
 
 BATCH_SIZES = (1, 8, 32)
@@ -140,7 +140,7 @@ class Predictor:
         self._warmup_seconds: float | None = None
         self._texts = TextPaths(self)
         self._preparing = threading.RLock()
-        if model.config.use_torch_compile:
+        if model.config.use_torch_compile and self._compiled is not None:
             self.warmup()
 
     @classmethod
@@ -186,6 +186,10 @@ class Predictor:
     ) -> Vectors:
         """Predict from texts, encoder and predictor in one program (`TextPaths` says more)."""
         return self._texts(context, query, encoder)
+
+    def encode_passages(self, texts: Sequence[str]) -> Vectors:
+        """Embeddings of texts to search among, `[M, E]`, by the predictor's encoder (`TextPaths`)."""
+        return self._texts.encode_passages(texts)
 
     def steer(self, question: ArrayLike, steering: ArrayLike | None = None) -> Vectors:
         """Predict with a steered model, by the names that its users know.
@@ -315,10 +319,10 @@ class Predictor:
 
     def warmup(self) -> None:
         """Choose precisions and compile every fixed shape now, not at the first request that needs it."""
-        if self._compiled is None or not self.model.config.use_static_cache:
+        if self._compiled is not None and not self.model.config.use_static_cache:
             return
         started = time.perf_counter()
-        self._compiled.warm_up()
+        (self._texts if self._compiled is None else self._compiled).warm_up()
         self._warmup_seconds = time.perf_counter() - started
 
     @property
@@ -334,9 +338,12 @@ class Predictor:
     @property
     def query_prefix(self) -> str:
         """What stands before queries (and turns, where they are encoded by themselves)."""
-        if self.config is not None:
-            return self.config.data.query_prefix
-        return str(self._facts.get("query_prefix", ""))
+        return prefix_of("query_prefix", self._facts, self.config)
+
+    @property
+    def passage_prefix(self) -> str:
+        """What stands before passages."""
+        return prefix_of("passage_prefix", self._facts, self.config)
 
     @property
     def _programs(self) -> Programs:

@@ -43,6 +43,8 @@ class ReadingPath:
         self.tokenizer = ConversationTokenizer.of_model(model.config, Path(source) / TOKENIZER)
         self._config = model.config
         self._prefix = predictor.query_prefix
+        most = model.config.max_tokens
+        self._widths = (*(size for size in BUCKETS if size < most), most)
         graph, params = nnx.split(model)
         self._params = nnx.to_pure_dict(params)
 
@@ -56,14 +58,18 @@ class ReadingPath:
 
         self._one, self._many = jax.jit(one), jax.jit(many)
 
+    def warm_up(self) -> None:
+        """Compile the program of a single request, for each length."""
+        for width in self._widths:
+            self._one(self._params, np.zeros((1, width), np.int32), np.ones((1, width), bool))
+
     def predict(self, contexts: Sequence[Sequence[str]], queries: Sequence[str]) -> Float[np.ndarray, "B E"]:
         """Predictions for checked requests: turns, oldest first, and a query each."""
         if not queries:
             return np.zeros((0, self._config.output_dim), np.float32)
         sequences = self.tokenizer(contexts, [self._prefix + query for query in queries])
         longest = int(sequences.lengths.max())
-        most = self._config.max_tokens
-        width = next(size for size in (*(size for size in BUCKETS if size < most), most) if size >= longest)
+        width = next(size for size in self._widths if size >= longest)
         if len(queries) == 1:
             tokens = sequences.padded(np.zeros(1, np.int64), width)
             return np.asarray(self._one(self._params, tokens, np.arange(width)[None] < longest))

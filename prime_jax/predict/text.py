@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from prime_jax.config import Config
-from prime_jax.data.encode import Encoder, load_encoder, names_code
+from prime_jax.data.encode import Encoder, load_encoder, names_code, passage_prefix_for
 from prime_jax.data.one_text import as_one_text
 from prime_jax.data.tokens import BUCKETS
 from prime_jax.errors import ConfigError, DataError, PredictorError
@@ -59,6 +59,11 @@ def encoder_of(predictor: "Predictor") -> Encoder:
     return load_encoder(named.encoder, named.encoder_precision, stored_in=Path(source or "model") / CONFIG)
 
 
+def prefix_of(name: str, facts: Mapping[str, Any], config: Config | None) -> str:
+    """What stands before a predictor's texts: its `query_prefix` or `passage_prefix`."""
+    return str(facts.get(name, "")) if config is None else str(getattr(config.data, name))
+
+
 def load_as_trained(name: str, config: Config | None) -> Encoder:
     """The encoder that a user names, in the precision that the model's data was encoded with."""
     if config is None or names_code(name):
@@ -93,6 +98,7 @@ class TextPaths:
 
     def __init__(self, predictor: "Predictor"):
         self._predictor = predictor
+        self._encoder: Encoder | None = None
         self._own: TextPath | None = None
         self._read: ReadingPath | None = None
         self._given: tuple[Encoder, TextPath] | None = None
@@ -126,6 +132,24 @@ class TextPaths:
         else:
             rows = self._path(encoder).predict(contexts, queries)
         return rows[0] if single else rows
+
+    def encode_passages(self, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
+        """Embeddings of passages, unit norm, in the space of the predictions.
+
+        Raises:
+            ConfigError: If the predictor's encoder is not known.
+            DataError: If an entry is no text.
+        """
+        check_texts(texts)
+        with self._preparing:
+            self._encoder = self._encoder or encoder_of(self._predictor)
+        prefix = passage_prefix_for(self._encoder, self._predictor.passage_prefix)
+        found = self._encoder.encode([prefix + text for text in texts])
+        return np.asarray(self._predictor.map_memory(found))
+
+    def warm_up(self) -> None:
+        """Compile what single requests to a model that reads texts need."""
+        self._reading().warm_up()
 
     def _reading(self) -> ReadingPath:
         with self._preparing:

@@ -83,4 +83,6 @@ def _reader(encoder: Encoder | str, max_turns: int, query_weight: float, query_p
     model = started_model(config, starting_params(config, found))
     source = found.source.transformer
     facts = {"source": str(source), "encoder": found.identity, "query_prefix": query_prefix}
-    return Predictor(model, facts=facts)
+    predictor = Predictor(model, facts=facts)
+    predictor.text_encoder = found
+    return predictor

@@ -22,12 +22,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from prime_jax.serve.connections import server_config
         except ImportError as missing:
             raise ConfigError(f"{missing}; install it with: pip install 'prime-jax[serve]'") from None
+        from prime_jax.predict.adapter import general
         from prime_jax.predict.predictor import load
         from prime_jax.predict.untrained import untrained
 
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         listening = _bind(settings.host, settings.port)
-        if settings.run is None:
+        if settings.general:
+            predictor = general()
+        elif settings.run is None:
             predictor = untrained(settings.untrained, max_turns=settings.max_turns or 10)
         else:
             console.print(f"Loading {settings.run}")

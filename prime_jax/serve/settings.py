@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, CliImplicitFlag, SettingsConfigDict, SettingsError
 
 from prime_jax.errors import ConfigError
 from prime_jax.models import AnyConfig
@@ -30,6 +30,9 @@ class ServeSettings(BaseSettings):
     run: Path | None = Field(default=None, description="run folder, checkpoint folder or bundle")
     untrained: int | None = Field(
         default=None, ge=1, description="instead of a run: embeddings of this dimension"
+    )
+    general: CliImplicitFlag[bool] = Field(
+        default=False, description="instead of a run: the predictor of the package, which reads texts"
     )
     encoder: str | None = Field(
         default=None, description="encoder that clients use; refused if the run was trained with another one"
@@ -62,14 +65,14 @@ class ServeSettings(BaseSettings):
 
     @model_validator(mode="after")
     def _one_predictor(self) -> "ServeSettings":
-        if (self.run is None) == (self.untrained is None):
-            raise ValueError("name a --run, or --untrained with the dimension of your embeddings")
-        if self.untrained is not None and self.encoder is not None:
+        if (self.run is not None) + (self.untrained is not None) + self.general != 1:
+            raise ValueError("name one: a --run, --untrained with the dimension of embeddings, or --general")
+        if self.run is None and self.encoder is not None:
             raise ValueError("--encoder goes with --run, which says what it was trained on")
         if self.untrained is None and self.max_turns is not None:
             raise ValueError("--max-turns goes with --untrained; a run knows its own")
-        if self.untrained is not None and self.precision != "auto":
-            raise ValueError("--precision goes with --run; what is untrained is computed in float32")
+        if self.run is None and self.precision != "auto":
+            raise ValueError("--precision goes with --run; without one all is computed in float32")
         return self
 
     def guards(self, possible: bool) -> bool:

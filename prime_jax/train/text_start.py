@@ -1,4 +1,4 @@
-"""How a text predictor starts: as the encoder that its memory was made with."""
+"""How a text predictor starts: as the encoder that its memory was made with, or that with an adapter."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,8 @@ from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.data.records import Dataset
 from prime_jax.data.sequences import PackedBatches
-from prime_jax.errors import ConfigError
+from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.models.adapter import GENERAL, read_facts, with_adapter
 from prime_jax.models.text import ROLES, TextConfig, TextPredictor
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.families import read_encoder_config
@@ -81,6 +82,22 @@ def starting_params(model: TextConfig, encoder: BertTextEncoder) -> dict[str, An
     return params
 
 
+def adapter_of(start: str) -> Path | None:
+    """The adapter that `train.start` names; None for the encoder as it is."""
+    return None if start == "encoder" else GENERAL if start == "general" else Path(start)
+
+
+def check_encoder(adapter: Path, encoder: BertTextEncoder) -> None:
+    """Refuse an encoder that an adapter does not belong to.
+
+    Raises:
+        CheckpointError: Naming both; or if the file is missing or no adapter.
+    """
+    of = read_facts(adapter).get("encoder")
+    if of != encoder.identity:
+        raise CheckpointError(f"{adapter}: belongs to the encoder {of}, the one given is {encoder.identity}")
+
+
 def started_model(model: TextConfig, params: Any) -> TextPredictor:
     """The model of a complete configuration with parameters such as those of `starting_params`."""
     made: TextPredictor = nnx.merge(build_graph(model, jnp.float32), params)
@@ -102,7 +119,11 @@ def text_start(
             f"{tokenizer.cut:,} of {everything:,} conversations are longer than {model.max_tokens} tokens; "
             "their oldest words are not read"
         )
-    return data, TextStart(starting_params(model, start), file)
+    params, adapter = starting_params(model, start), adapter_of(config.train.start)
+    if adapter is not None:
+        check_encoder(adapter, start)
+        params = with_adapter(params, adapter)
+    return data, TextStart(params, file)
 
 
 def packed_batches(config: Config, data: EmbeddedDataset, split: str) -> PackedBatches | None:

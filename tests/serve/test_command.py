@@ -67,9 +67,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     )
     assert main(["--run", "x", "--port", "99999"]) == 2
     assert "prime-jax serve: --port: Input should be less than or equal to 65535" in capsys.readouterr().err
-    for words in ([], ["--run", "x", "--untrained", "8"]):
+    for words in ([], ["--run", "x", "--untrained", "8"], ["--run", "x", "--general"]):
         assert main(words) == 2
-        assert "prime-jax serve: name a --run, or --untrained with the" in capsys.readouterr().err
+        assert "prime-jax serve: name one: a --run, --untrained with the" in capsys.readouterr().err
     for more, message in (
         (["--untrained", "8", "--encoder", "minilm"], "--encoder goes with --run"),
         (["--untrained", "8", "--precision", "bfloat16"], "--precision goes with --run"),
