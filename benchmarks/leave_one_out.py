@@ -7,14 +7,15 @@ For every set a text predictor is trained on all the others together (`prime-jax
 examples of each), and judged on the dev split of the one that was left out, of which nothing was seen. Its
 rows:
 
-- query; mix, the untrained one with weight 0.3 and decay 0.5; text, the encoder untrained on query and turns,
-  plus the query;
+- query; mix, the untrained one with weight 0.3 and decay 0.5; text, the untrained encoder's vector of query
+  and turns plus the query's own; text_same, the same with the weight of `model.query_weight`;
 - general, the trained predictor; general_query and general_mix, the mean of its vector and that of the query
   or the mix.
 
 Nothing is tuned on a set that is judged. Figures are MRR@10 and P@5 with 95% intervals over conversations,
-and each row's difference to the query. A set that is done is in the file at once, and the same command goes
-on from there; --keep keeps the runs. Embeddings are kept where --data.store says.
+each row's difference to the query, and that of general to the untrained rows. A set that is done is in the
+file at once, and the same command goes on from there; --keep keeps the runs. Embeddings are kept where
+--data.store says.
 """
 
 import argparse
@@ -40,17 +41,19 @@ from prime_jax.evaluate.run import embed, split_arrays
 from prime_jax.evaluate.significance import compare, interval
 from prime_jax.files import read_json, write_json
 from prime_jax.models.mix import DECAY, WEIGHT
+from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
 from prime_jax.retrieval.mix import RecencyMix
 from prime_jax.retrieval.vectors import unit
 
 METRICS = ("P@5", "MRR@10")
+UNTRAINED = ("query", "mix", "text", "text_same")
 CONFIG = Path(__file__).parents[1] / "configs" / "general.yaml"
 
 
-def vectors_of(general: Predictor, plain: Predictor, dev: Split) -> dict[str, ndarray]:
-    """What each row searches with, `[Q, E]`, unit norm."""
+def vectors_of(general: Predictor, plain: Mapping[str, Predictor], dev: Split) -> dict[str, ndarray]:
+    """What each row searches with, `[Q, E]`, unit norm; `plain` are untrained readers of texts."""
     assert dev.context_texts is not None
     assert dev.query_texts is not None
     query, mix = unit(dev.query), RecencyMix(WEIGHT, DECAY)(dev.context, dev.mask, dev.query)
@@ -58,7 +61,7 @@ def vectors_of(general: Predictor, plain: Predictor, dev: Split) -> dict[str, nd
     return {
         "query": query,
         "mix": mix,
-        "text": plain.predict_text(dev.context_texts, dev.query_texts),
+        **{name: one.predict_text(dev.context_texts, dev.query_texts) for name, one in plain.items()},
         "general": read,
         "general_query": unit(read + query),
         "general_mix": unit(read + mix),
@@ -74,22 +77,34 @@ def evaluate_set(general: Predictor, config: Config, folder: Path) -> dict[str, 
     dev = split_arrays(data.dataset, data.embedded, encoder, source, joined_texts=False)["dev"]
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     groups = conversation_labels(data.dataset.splits["dev"])
-    plain = untrained(encoder=encoder, max_turns=most, query_prefix=source.query_prefix)
+    assert isinstance(config.model, TextConfig)
+    plain = {
+        name: untrained(encoder=encoder, max_turns=most, weight=weight, query_prefix=source.query_prefix)
+        for name, weight in (("text", None), ("text_same", config.model.query_weight))
+    }
     found = {
         name: ranking_metrics(retrieve(vectors, dev, corpus, DEPTH)[1], dev.positives)
         for name, vectors in vectors_of(general, plain, dev).items()
     }
+    mrr = {name: figures["MRR@10"] for name, figures in found.items()}
+
+    def difference(better: str, than: str) -> dict[str, Any]:
+        return compare(mrr[better], mrr[than], seed=0, groups=groups)._asdict()
+
     rows = {
         name: {
             **{metric: float(np.mean(figures[metric])) for metric in METRICS},
-            "interval": list(map(float, interval(figures["MRR@10"], seed=0, groups=groups))),
-            "against_query": compare(
-                figures["MRR@10"], found["query"]["MRR@10"], seed=0, groups=groups
-            )._asdict(),
+            "interval": list(map(float, interval(mrr[name], seed=0, groups=groups))),
+            "against_query": difference(name, "query"),
         }
         for name, figures in found.items()
     }
-    return {"questions": len(dev.query), "conversations": len(np.unique(groups)), "rows": rows}
+    return {
+        "questions": len(dev.query),
+        "conversations": len(np.unique(groups)),
+        "rows": rows,
+        "general_against": {name: difference("general", name) for name in UNTRAINED},
+    }
 
 
 def trained_without(

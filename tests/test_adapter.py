@@ -49,7 +49,7 @@ def settings(folder: Path, data: Path) -> list[str]:
 def file(run: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("files")
     told = ["--run", str(run), "--out", str(out / "bundle"), "--adapter", str(out / "small.safetensors")]
-    assert export([*told, "--licence", "CC BY-SA 4.0"]) == 0
+    assert export([*told, "--licence", "CC BY-SA 4.0", "--attribution", "hills by nobody"]) == 0
     return out / "small.safetensors"
 
 
@@ -68,7 +68,7 @@ def test_encoder_and_adapter_are_the_run(run: Path, file: Path, folder: Path) ->
 def test_it_is_exported_like_any_other(run: Path, file: Path, folder: Path, tmp_path: Path) -> None:
     told = ["--from-adapter", str(file), "--encoder", str(folder), "--out", str(tmp_path / "bundle")]
     assert export(told) == 0
-    assert "Weights: CC BY-SA 4.0." in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert "Weights: CC BY-SA 4.0; hills by nobody." in (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
     np.testing.assert_allclose(
         prime_jax.load(tmp_path / "bundle").predict_text(TALKS, QUERIES),
         prime_jax.load(run).predict_text(TALKS, QUERIES),
@@ -170,6 +170,8 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
     [
         (["--untrained", "6", "--adapter", "x.safetensors"], "goes with --run"),
         (["--run", "{run}", "--adapter", "x.bin"], "goes with --run"),
+        (["--run", "{run}", "--attribution", "somebody"], "goes with --adapter"),
+        (["--general", "--encoder", "minilm"], "--encoder does not go with --general"),
         (["--run", "{run}", "--adapter", "{out}/x.safetensors"], "lies in the bundle"),
     ],
 )

@@ -32,7 +32,9 @@ def test_each_set_is_judged_by_what_the_others_taught(
     leave_one_out.main(["--out", str(out), "--only", "hills", "--keep", str(tmp_path / "runs"), *words])
     found = read_json(out)
     cell = found["left_out"]["hills"]["0"]
-    assert set(cell["rows"]) == {"query", "mix", "text", "general", "general_query", "general_mix"}
+    assert set(cell["rows"]) == {*leave_one_out.UNTRAINED, "general", "general_query", "general_mix"}
+    better = cell["rows"]["general"]["MRR@10"] - cell["rows"]["text"]["MRR@10"]
+    assert cell["general_against"]["text"]["difference"] == pytest.approx(better)
     assert cell["rows"]["query"]["against_query"]["difference"] == 0
     assert cell["questions"] == 13
     assert found["mean_MRR@10"]["general"] == cell["rows"]["general"]["MRR@10"]

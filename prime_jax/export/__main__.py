@@ -77,6 +77,9 @@ def _parser() -> ArgumentParser:
         help="also write what a run with train.lora_rank adds to its encoder, a few megabytes",
     )
     parser.add_argument(
+        "--attribution", metavar="TEXT", help="what an --adapter was trained on, and whose that is"
+    )
+    parser.add_argument(
         "--triton", type=user_path, metavar="DIR", help="also write a Triton model repository"
     )
     return parser
@@ -135,7 +138,8 @@ def _export(given: Namespace) -> dict[str, Any]:
             source=Path(predictor.info()["source"]),
         )
         if given.adapter is not None:
-            write_adapter_of(predictor, given.adapter, given.licence)
+            said = {"licence": given.licence, "attribution": given.attribution}
+            write_adapter_of(predictor, given.adapter, said)
     if given.triton is not None:
         write_repository(given.out, given.triton)
     return parity

@@ -94,14 +94,14 @@ def check_adapter_of(predictor: Predictor) -> None:
         raise ExportError("--adapter: the run was trained without train.lora_rank")
 
 
-def write_adapter_of(predictor: Predictor, file: Path, licence: str | None) -> None:
-    """What a run adds to its encoder, as a file."""
+def write_adapter_of(predictor: Predictor, file: Path, said: Mapping[str, str | None]) -> None:
+    """What a run adds to its encoder, as a file, with what is said of it (`licence`, `attribution`)."""
     check_adapter_of(predictor)
     config, info = predictor.config, predictor.info()
     assert config is not None
     facts: dict[str, Any] = {name: info[name] for name in ("data_hash", "metrics") if name in info}
-    facts |= {"query_prefix": config.data.query_prefix}
-    facts |= {} if licence is None else {"licence": licence}
+    facts |= {"query_prefix": config.data.query_prefix, "passage_prefix": config.data.passage_prefix}
+    facts |= {name: text for name, text in said.items() if text is not None}
     model: Any = predictor.model
     encoder: Any = encoder_of(predictor)  # the run started from it, so its weights are at hand
     start = adapter_of(config.train.start)

@@ -40,6 +40,8 @@ def check_source(given: Namespace) -> None:
     if given.like is not None and source != "torch":
         raise ExportError("--like goes with --torch; a run knows its own config")
     if given.adapter is None:
+        if given.attribution is not None:
+            raise ExportError("--attribution goes with --adapter, whose file says it")
         return
     if source != "run" or given.adapter.suffix != ".safetensors":
         raise ExportError("--adapter FILE.safetensors goes with --run")
@@ -93,10 +95,8 @@ def _from_adapter(given: Namespace, options: Any) -> dict[str, Any]:
     """A bundle of an encoder with an adapter added, or with that of the package."""
     from prime_jax.predict.adapter import general, load_adapter
 
-    if given.general:
-        predictor = general()
-    else:
-        predictor = load_adapter(given.from_adapter, given.encoder or "minilm")
+    named = given.encoder or "minilm"
+    predictor = general() if given.general else load_adapter(given.from_adapter, named)
     told = predictor.info()
     words = [told[name] for name in ("licence", "attribution") if name in told]
     if options.licence is None and words:

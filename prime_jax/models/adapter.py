@@ -23,7 +23,14 @@ GENERAL = Path(__file__).with_name("general.safetensors")
 """The adapter of MiniLM that comes with the package (docs/general.md)."""
 MOST_BYTES = 64 * 1024 * 1024
 FLOAT32 = np.dtype(np.float32)
-_FACTS = {"query_prefix": str, "data_hash": str, "licence": str, "attribution": str, "metrics": dict}
+_FACTS = {
+    "query_prefix": str,
+    "passage_prefix": str,
+    "data_hash": str,
+    "licence": str,
+    "attribution": str,
+    "metrics": dict,
+}
 """What a file may say beside its format, its encoder and its model."""
 
 
