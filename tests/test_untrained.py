@@ -98,7 +98,8 @@ def test_every_candidate_is_a_model_that_finds_the_same(kind: str, read: Compari
         source = DataConfig(path=str(tmp_path / "data"), encoder="fakes:encoder")
         compared = compare_untrained(source, max_turns=3)
     names = [one.name for one in compared.candidates]
-    assert names == [name for name in UNTRAINED if kind == "read" or name != "text"]
+    left_out = {"general"} if kind == "read" else {"general", "text"}  # it belongs to MiniLM
+    assert names == [name for name in UNTRAINED if name not in left_out]
     data, dev = compared.data, compared.splits["dev"]
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     for candidate in compared.candidates:

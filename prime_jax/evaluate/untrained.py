@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from numpy import ndarray
 
 from prime_jax.config import DataConfig
-from prime_jax.data.encode import load_encoder
+from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.data.grouping import conversation_labels
 from prime_jax.errors import DataError
 from prime_jax.evaluate import UNTRAINED
@@ -20,8 +20,11 @@ from prime_jax.evaluate.baselines import Baseline, Settings, mean_context, query
 from prime_jax.evaluate.linear import linear_weights, ridge, ridge_context
 from prime_jax.evaluate.run import OpenedData, embed, split_arrays
 from prime_jax.evaluate.significance import interval
-from prime_jax.models import Model
+from prime_jax.models import Model, adapter
+from prime_jax.models.adapter import read_facts
 from prime_jax.models.mix import MixConfig, mix_of
+from prime_jax.predict.adapter import load_adapter
+from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.untrained import untrained
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.progress import progress
@@ -29,6 +32,7 @@ from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
 from prime_jax.retrieval.vectors import unit
 
 TEXT = "text"
+GENERAL = "general"
 SHOWN = ("P@5", "MRR@10")
 _QUERY_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 
@@ -121,15 +125,19 @@ def compare_untrained(
         "ridge": lambda: ridge(splits["train"], corpus),
         "ridge_context": lambda: ridge_context(splits["train"], corpus),
     }
-    impossible = {}
+    impossible: dict[str, str] = {}
     if isinstance(encoder, BertTextEncoder) and source.context_from == "data":
-        makers[TEXT] = lambda: _text(encoder, source, max_turns)
+        makers[TEXT] = lambda: _reading(TEXT, _reader(TEXT, 0.0, encoder, source, max_turns))
+        makers[GENERAL] = lambda: _reading(GENERAL, _reader(GENERAL, 0.0, encoder, source, max_turns))
     else:
-        impossible[TEXT] = "the encoder's weights are not at hand, or turns are not those of the data"
+        why = "the encoder's weights are not at hand, or turns are not those of the data"
+        impossible |= dict.fromkeys((TEXT, GENERAL), why)
+    if GENERAL not in impossible and encoder.identity != read_facts(adapter.GENERAL).get("encoder"):
+        impossible[GENERAL] = f"it belongs to another encoder than {encoder.identity}"
     if not fitted:
         impossible |= dict.fromkeys(("ridge", "ridge_context"), "the data has no train.jsonl to fit it to")
     if not splits["dev"].mask.any():  # these are the query then, or what a map makes of it
-        no_turns = ("mean_context", "recency_mix", TEXT, "ridge_context")
+        no_turns = ("mean_context", "recency_mix", TEXT, "ridge_context")  # general maps the query, too
         impossible |= dict.fromkeys(no_turns, "dev has no turns")
     impossible = {name: why for name, why in impossible.items() if name in only}
     wanted = [name for name in UNTRAINED if name in only and name not in impossible]
@@ -153,10 +161,9 @@ def compare_untrained(
 def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | None]:
     """A candidate as a model, and the folder that its tokenizer lies in where it reads text."""
     data, settings = compared.data, candidate.settings
-    if candidate.name == TEXT:
-        predictor = untrained(
-            encoder=data.encoder, max_turns=compared.max_turns, weight=float(settings["query_weight"])
-        )
+    if candidate.name in (TEXT, GENERAL):
+        weight = float(settings["query_weight"])
+        predictor = _reader(candidate.name, weight, data.encoder, data.source, compared.max_turns)
         return predictor.model, Path(predictor.info()["source"])
     shape: dict[str, Any] = {
         "input_dim": data.encoder.dim,
@@ -177,9 +184,15 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
     return model, None
 
 
-def _text(encoder: BertTextEncoder, source: DataConfig, max_turns: int) -> Baseline:
-    """The encoder's embedding of query and turns read as one text, plus a weight times the query's."""
-    reader = untrained(encoder=encoder, weight=0.0, max_turns=max_turns, query_prefix=source.query_prefix)
+def _reader(name: str, weight: float, encoder: Encoder, source: DataConfig, max_turns: int) -> Predictor:
+    """What reads texts, untrained or the general one; `weight` is that of the query's own embedding."""
+    if name == GENERAL:
+        return load_adapter(adapter.GENERAL, encoder, query_weight=weight, max_turns=max_turns)
+    return untrained(encoder=encoder, weight=weight, max_turns=max_turns, query_prefix=source.query_prefix)
+
+
+def _reading(name: str, reader: Predictor) -> Baseline:
+    """The embedding of query and turns read as one text, plus a weight times the query's."""
 
     def prepare(split: Split) -> Callable[[Settings], ndarray]:
         assert split.context_texts is not None
@@ -188,4 +201,4 @@ def _text(encoder: BertTextEncoder, source: DataConfig, max_turns: int) -> Basel
         alone = reader.predict_text([[]] * len(split.query_texts), split.query_texts)
         return lambda settings: unit(whole + settings["query_weight"] * alone)
 
-    return Baseline(TEXT, [{"query_weight": weight} for weight in _QUERY_WEIGHTS], prepare)
+    return Baseline(name, [{"query_weight": weight} for weight in _QUERY_WEIGHTS], prepare)

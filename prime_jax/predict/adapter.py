@@ -30,7 +30,11 @@ def general(*, query_weight: float | None = None) -> Predictor:
 
 
 def load_adapter(
-    file: str | Path, encoder: Encoder | str = "minilm", *, query_weight: float | None = None
+    file: str | Path,
+    encoder: Encoder | str = "minilm",
+    *,
+    query_weight: float | None = None,
+    max_turns: int | None = None,
 ) -> Predictor:
     """A text predictor: an encoder with an adapter added.
 
@@ -38,10 +42,11 @@ def load_adapter(
         file: What `prime_jax.export.adapter` wrote.
         encoder: The encoder it belongs to, or the name that `data.encoder` takes.
         query_weight: How much of the query's own embedding is added; None is what the adapter says.
+        max_turns: Most turns that are read; None is what the adapter says.
 
     Raises:
         CheckpointError: If the file is missing, damaged, or belongs to another encoder.
-        ConfigError: If there is no such encoder.
+        ConfigError: If there is no such encoder, or what is given is out of bounds.
     """
     file = Path(file)
     told = read_facts(file)
@@ -50,12 +55,17 @@ def load_adapter(
         raise ConfigError(f"{file}: the weights of the encoder {encoder!r} are not at hand")
     check_encoder(file, found)
     try:
-        given = TextConfig(**told["model"])
-        if query_weight is not None:
-            given = given.model_copy(update={"query_weight": query_weight})
-        config = reading_config(given, found, str(encoder))
+        described = TextConfig(**told["model"])
     except (ValidationError, KeyError, TypeError) as unfit:
         raise CheckpointError(f"{file}: does not describe a model ({unfit})") from None
+    said = {"query_weight": query_weight, "max_context_length": max_turns}
+    given = {name: value for name, value in said.items() if value is not None}
+    try:
+        described = TextConfig(**described.model_dump() | given)
+    except ValidationError as unfit:
+        first = unfit.errors()[0]
+        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    config = reading_config(described, found, str(encoder))
     model = started_model(config, with_adapter(starting_params(config, found), file))
     facts = {name: fact for name, fact in told.items() if name != "model"}
     predictor = Predictor(
