@@ -22,7 +22,7 @@ STAMP_DEV  := .venv/.installed-dev
 EXTRAS_RUN := onnx,text,plots$(if $(filter-out 0,$(TORCH)),$(comma)torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart setup test consumers lint types wheel lock clean
+.PHONY: help quickstart general setup test consumers lint types wheel lock clean
 
 help:  ## List these commands
 	@grep -E '^[a-z]+:.*  ## ' Makefile | sed -E 's/^([a-z]+):.*  ## /\1|/' \
@@ -67,6 +67,16 @@ quickstart: $(STAMP_RUN)  ## Train a predictor on real text and report how much 
 	@echo "5/5  Export to ONNX and PyTorch, and check that both give the same numbers"
 	$(PY) -m prime_jax.export --run $(RUN) --out $(RUN)/bundle
 	@echo "Done. Open $(RUN)/report/report.html; the exported model is in $(RUN)/bundle."
+
+# The sets with a stated licence alone: what comes with the package is trained on nothing else.
+DATA ?= ../shared/data
+GENERAL := runs/general
+GENERAL_SETS := $(addprefix $(DATA)/,general/podcasts general/services convknow chatnext hotpot entbank)
+general: $(STAMP_RUN)  ## Train the predictor that comes with the package anew, from the sets in DATA
+	$(BIN)/prime-jax combine $(GENERAL_SETS) --rows 850 --dev-rows 60 --out $(GENERAL)/data
+	$(PY) -m prime_jax.train --config configs/general.yaml --data.path $(GENERAL)/data --out $(GENERAL)
+	$(PY) -m prime_jax.export --run $(GENERAL) --out $(GENERAL)/bundle --adapter $(GENERAL)/general.safetensors \
+	  --licence "CC BY-SA 4.0" --attribution "$$(cat prime_jax/models/general.txt)"
 
 setup: $(STAMP_DEV)  ## Install everything development needs into .venv
 

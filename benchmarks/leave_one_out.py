@@ -122,6 +122,20 @@ def trained_without(
     return config
 
 
+def named_folders(words: Sequence[str]) -> dict[str, Path]:
+    """Data folders by the names that stand before them.
+
+    Raises:
+        DataError: If one has no name, or there is no such folder.
+    """
+    named = (word.partition("=") for word in words)
+    folders = {name: Path(folder or "nowhere") for name, _, folder in named}
+    for name, folder in folders.items():
+        if not folder.is_dir():
+            raise DataError(f"{name}: name sets as NAME=DIR; {folder} is no folder")
+    return folders
+
+
 def means(left_out: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Mean MRR@10 of each row over all sets and seeds that are there."""
     tables = [cell["rows"] for seeds in left_out.values() for cell in seeds.values()]
@@ -144,12 +158,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs, as DIR/NAME/SEED")
     parser.add_argument("sets", nargs="+", metavar="NAME=DIR")
     given, words = parser.parse_known_args(argv)
-    named = (word.partition("=") for word in given.sets)
-    sets = {name: Path(folder or "nowhere") for name, _, folder in named}
+    sets = named_folders(given.sets)
     if not any(word.startswith("--data.store") for word in words):
         raise DataError("name a folder for embeddings with --data.store=DIR")
-    if len(sets) < 2 or any(not folder.is_dir() for folder in sets.values()):
-        raise DataError(f"name two sets or more, as NAME=DIR: {sets}")
+    if len(sets) < 2:
+        raise DataError("name two sets or more, as NAME=DIR")
     if unknown := set(given.only or ()) - set(sets):
         raise DataError(f"--only: there is no set {unknown.pop()}; there are {', '.join(sets)}")
     same = {"sets": sorted(sets), "rows": given.rows, "config": given.config.name, "settings": list(words)}

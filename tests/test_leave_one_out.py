@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import tiny_bert
 
-from benchmarks import leave_one_out
+from benchmarks import leave_one_out, shares
 from prime_jax.errors import DataError
 from prime_jax.files import read_json
 
@@ -39,8 +39,13 @@ def test_each_set_is_judged_by_what_the_others_taught(
     assert cell["questions"] == 13
     assert found["mean_MRR@10"]["general"] == cell["rows"]["general"]["MRR@10"]
     assert "hills        general_mix" in capsys.readouterr().out
-    records = (tmp_path / "runs" / "hills" / "0" / "history.jsonl").read_text()
-    assert records
+    run, figures = tmp_path / "runs" / "hills" / "0", tmp_path / "shares.json"
+    store = next(word for word in words if word.startswith("--data.store"))
+    shares.main(["--run", str(run), "--out", str(figures), words[0], store])
+    cells = read_json(figures)["on"]["hills"]
+    assert set(cells) == {"0", "0.25", "0.5", "0.75", "1"}
+    assert cells["1"]["0"] == pytest.approx(cell["rows"]["general"]["MRR@10"], abs=1e-6)
+    assert cells["0"] != cells["1"]
 
     def again(*_: Any, **__: Any) -> None:
         raise AssertionError("a set that is done is trained again")
@@ -56,7 +61,7 @@ def test_it_says_what_it_needs(words: list[str], tmp_path: Path) -> None:
     out = ["--out", str(tmp_path / "x.json")]
     for wrong, message in (
         (words[1:], "two sets or more"),
-        (["hills", *words[1:]], "two sets or more"),  # no folder
+        (["hills", *words[1:]], "hills: name sets as NAME=DIR"),
         (words[:4], r"--data\.store"),
         ([*words, "--only", "mountains"], "there is no set mountains"),
     ):
