@@ -3,6 +3,11 @@
 Messages say what was wrong, where (file, line, row, key) and what to do about it.
 """
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class PredictorError(Exception):
     """Root of all errors this library raises on purpose; also raised for bad arrays given to a model."""
@@ -30,3 +35,11 @@ class OverloadedError(PredictorError):
 
 class WrongAnswerError(PredictorError):
     """The model answered with what is no prediction; a fault of the model, not of the request."""
+
+
+def first_fault(invalid: "ValidationError") -> str:
+    """The first thing that pydantic found wrong, in one line: where, and what."""
+    fault = invalid.errors()[0]
+    where = ".".join(map(str, fault["loc"]))
+    message = fault["msg"].removeprefix("Value error, ")
+    return f"{where}: {message}" if where else message

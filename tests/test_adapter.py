@@ -1,6 +1,7 @@
 """What a text predictor adds to its encoder, as a file: written, read, exported, and refused."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,10 @@ def test_training_goes_on_from_an_adapter(run: Path, file: Path, folder: Path, t
     assert np.abs(moved - expected).max() > 0.01
     out = ["--out", str(tmp_path / "bundle"), "--adapter", str(tmp_path / "both.safetensors")]
     assert export(["--run", str(tmp_path / "run"), *out]) == 0
+    facts = read_facts(tmp_path / "both.safetensors")
+    assert (facts["licence"], facts["attribution"]) == ("CC BY-SA 4.0", "hills by nobody")
+    card = (tmp_path / "bundle" / "MODEL_CARD.md").read_text()
+    assert "Weights: CC BY-SA 4.0; hills by nobody." in card
     both = load_adapter(tmp_path / "both.safetensors", str(folder))
     np.testing.assert_allclose(both.predict_text(TALKS, QUERIES), moved, atol=1e-5)
 
@@ -105,13 +110,34 @@ def test_a_start_that_does_not_fit_is_refused(
         assert train([*settings(encoder, data), "--out", str(tmp_path / "run"), *more]) == 2
         assert message in capsys.readouterr().err
 
+    changed = tmp_path / "changed.safetensors"
+    shutil.copyfile(file, changed)
+    begun = ["--train.start", str(changed), "--out", str(tmp_path / "begun")]
+    assert train([*settings(folder, data), *begun]) == 0
+    tensors = {name: value * 2 for name, value in load_file(changed).items()}
+    save_file(tensors, changed, metadata={"prime_jax": json.dumps({"format": FORMAT, **read_facts(file)})})
+    assert train([*settings(folder, data), *begun, "--resume"]) == 2
+    assert "was trained with start" in capsys.readouterr().err
     refused("belongs to the encoder", other, "--train.start", str(file))
-    refused("the file is missing", folder, "--train.start", str(tmp_path / "nowhere.safetensors"))
+    refused("neither encoder nor general, nor the file", folder, "--train.start", "genral")
     refused("roles has no place in this model", folder, "--train.start", str(file), "--model.roles", "false")
     refused(
         "which goes with a text predictor that starts as its encoder",
         *(folder, "--train.start", str(file), "--model.checkpoint-path", str(tmp_path)),
     )
+
+
+def test_where_the_start_reads_otherwise_is_said(
+    file: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, out = tiny_bert.write_texts(tmp_path / "data"), tmp_path / "run"
+    start = ["--train.start", str(file), "--out", str(out)]
+    assert train([*settings(folder, data), *start, "--model.query-weight", "0"]) == 0
+    said = capsys.readouterr()
+    assert "was trained with model.query_weight 0.5, here it is 0.0" in said.out + said.err
+    joined = ["--model.separate-turns", "false", "--model.roles", "false", "--model.query-weight", "0"]
+    assert train([*settings(folder, data), *start, *joined, "--out", str(tmp_path / "other")]) == 2
+    assert "was trained with model.separate_turns True; set it so" in capsys.readouterr().err
 
 
 def test_what_is_no_low_rank_update_is_not_written(run: Path, folder: Path, tmp_path: Path) -> None:

@@ -114,6 +114,11 @@ def test_tune_compares_it_with_the_others(general: Predictor, tmp_path: Path) ->
     one = compared.named("general")
     options = ["--data", str(data), "--max-turns", "2", "--out", str(out)]
     assert export(["--baseline", "general", *options]) == 0
+    card = (out / "MODEL_CARD.md").read_text()
+    assert "Changelog" in card
+    assert "no data was trained on" not in card
+    prefixed = compare_untrained(DataConfig(path=str(data), query_prefix="q: "), only=["query", "general"])
+    assert "trained with the query prefix ''" in prefixed.impossible["general"]
     bundle = prime_jax.load(out)
     dev = compared.splits["dev"]
     assert dev.context_texts is not None

@@ -31,7 +31,12 @@ from prime_jax.models import DEFAULT_KIND, KINDS, kind_of
 from prime_jax.models.prime import PredictorConfig
 
 ENV_PREFIX = "PRIME_"
-_PATHS = {"data": ("path", "store", "encoder"), "steering": ("path",), "model": ("checkpoint_path",)}
+_PATHS = {
+    "data": ("path", "store", "encoder"),
+    "steering": ("path",),
+    "model": ("checkpoint_path",),
+    "train": ("start",),
+}
 SPEC_SECTIONS = {"predictor": "model", "training": "train"}
 
 

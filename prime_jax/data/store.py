@@ -26,7 +26,7 @@ from safetensors.numpy import save_file
 
 from prime_jax import files
 from prime_jax.data.shards import Shard, check_shards
-from prime_jax.errors import DataError
+from prime_jax.errors import DataError, first_fault
 from prime_jax.frozen import Frozen
 from prime_jax.locks import locked
 
@@ -324,9 +324,7 @@ def _read_index(path: Path) -> _Index:
     try:
         return _Index.model_validate(files.read_json(path, DataError))
     except pydantic.ValidationError as wrong:
-        first = wrong.errors()[0]
-        place = ".".join(map(str, first["loc"])) or "content"
-        raise DataError(f"{path}: not an index of an embedding store ({place}: {first['msg']})") from None
+        raise DataError(f"{path}: not an index of an embedding store ({first_fault(wrong)})") from None
 
 
 def _map_shard(path: Path, shard: _Shard, dim: int, kept: DType) -> tuple[npt.NDArray[Any], list[bytes]]:

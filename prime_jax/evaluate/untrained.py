@@ -132,8 +132,12 @@ def compare_untrained(
     else:
         why = "the encoder's weights are not at hand, or turns are not those of the data"
         impossible |= dict.fromkeys((TEXT, GENERAL), why)
-    if GENERAL not in impossible and encoder.identity != read_facts(adapter.GENERAL).get("encoder"):
-        impossible[GENERAL] = f"it belongs to another encoder than {encoder.identity}"
+    if GENERAL in only and GENERAL not in impossible:
+        facts = read_facts(adapter.GENERAL)
+        if encoder.identity != facts["encoder"]:
+            impossible[GENERAL] = f"it belongs to another encoder than {encoder.identity}"
+        elif source.query_prefix != facts["query_prefix"]:
+            impossible[GENERAL] = f"it was trained with the query prefix {facts['query_prefix']!r}"
     if not fitted:
         impossible |= dict.fromkeys(("ridge", "ridge_context"), "the data has no train.jsonl to fit it to")
     if not splits["dev"].mask.any():  # these are the query then, or what a map makes of it
@@ -158,13 +162,15 @@ def compare_untrained(
     return Comparison(found, data, splits, max_turns, impossible)
 
 
-def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | None]:
-    """A candidate as a model, and the folder that its tokenizer lies in where it reads text."""
+def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | None, dict[str, Any]]:
+    """A candidate as a model, the folder that its tokenizer lies in where it reads text, and its licence."""
     data, settings = compared.data, candidate.settings
     if candidate.name in (TEXT, GENERAL):
         weight = float(settings["query_weight"])
         predictor = _reader(candidate.name, weight, data.encoder, data.source, compared.max_turns)
-        return predictor.model, Path(predictor.info()["source"])
+        info = predictor.info()
+        own: dict[str, Any] = {name: info[name] for name in ("licence", "attribution") if name in info}
+        return predictor.model, Path(info["source"]), own
     shape: dict[str, Any] = {
         "input_dim": data.encoder.dim,
         "output_dim": data.encoder.dim,
@@ -172,16 +178,16 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
     }
     weight = float(settings.get("weight", 0.0))
     if candidate.name == "mean_context":
-        return mix_of(MixConfig(**shape, average=True), weight, 1.0), None
+        return mix_of(MixConfig(**shape, average=True), weight, 1.0), None, {}
     if not candidate.name.startswith("ridge"):
-        return mix_of(MixConfig(**shape), weight, float(settings.get("decay", 0.0))), None
+        return mix_of(MixConfig(**shape), weight, float(settings.get("decay", 0.0))), None, {}
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     kernel, bias = linear_weights(candidate.name, settings, compared.splits["train"], corpus)
     shape |= {"linear": "query" if candidate.name == "ridge" else "context"}
     model = mix_of(MixConfig(**shape, keep_query=bool(settings["residual"])), 0.0, 0.0)
     model.linear_map.kernel.set_value(jnp.asarray(kernel, jnp.float32))
     model.linear_map.bias.set_value(jnp.asarray(bias, jnp.float32))
-    return model, None
+    return model, None, {}
 
 
 def _reader(name: str, weight: float, encoder: Encoder, source: DataConfig, max_turns: int) -> Predictor:

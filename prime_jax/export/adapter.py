@@ -12,12 +12,12 @@ from numpy import ndarray
 
 from prime_jax.errors import ExportError
 from prime_jax.files import atomic_path
-from prime_jax.models.adapter import FORMAT, adapter_rank
+from prime_jax.models.adapter import FORMAT
 from prime_jax.models.text import TextPredictor
 from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.text import encoder_of
 from prime_jax.pretrained.bert import BertTextEncoder
-from prime_jax.train.text_start import adapter_of, starting_params
+from prime_jax.train.text_start import starting_params
 
 TOLERANCE = 1e-4  # of a matrix's change, relative to its norm, that a product of low rank may miss
 _OF_ENCODER = ("encoder", "pooling", "lower_case", "separator_id")
@@ -101,11 +101,12 @@ def write_adapter_of(predictor: Predictor, file: Path, said: Mapping[str, str | 
     assert config is not None
     facts: dict[str, Any] = {name: info[name] for name in ("data_hash", "metrics") if name in info}
     facts |= {"query_prefix": config.data.query_prefix, "passage_prefix": config.data.passage_prefix}
-    facts |= {name: text for name, text in said.items() if text is not None}
+    for name, text in said.items():  # beside those of what it started from
+        words = dict.fromkeys(word for word in (text, info.get(name)) if word)
+        facts |= {name: "; ".join(words)} if words else {}
     model: Any = predictor.model
     encoder: Any = encoder_of(predictor)  # the run started from it, so its weights are at hand
-    start = adapter_of(config.train.start)
-    rank = config.train.lora_rank + (0 if start is None else adapter_rank(start))
+    rank = config.train.lora_rank + int(info.get("start", {}).get("rank", 0))
     write_adapter(model, encoder, file, rank=rank, facts=facts)
 
 

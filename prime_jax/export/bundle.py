@@ -41,7 +41,7 @@ from prime_jax.predict.predictor import Predictor
 
 INPUT_FACTS = ("encoder", "query_prefix", "passage_prefix", "context_from", "first_pass_k", "steering")
 CONFIG_FACTS = (*INPUT_FACTS, "subspaces")  # what config.json says beside the model
-FACTS = (*CONFIG_FACTS, "step", "epoch", "metrics", "data_hash", "versions")
+FACTS = (*CONFIG_FACTS, "step", "epoch", "metrics", "data_hash", "versions", "licence", "attribution")
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,7 @@ def write_bundle(
                 facts,
                 parity,
                 options.model_version,
-                options.licence,
+                _terms(options.licence, facts),
                 memory_mapped=target_head is not None,
             ),
         )
@@ -185,6 +185,12 @@ def write_bundle(
         if options.private_key is not None:
             sign(part, options.private_key, options.password)
     return parity
+
+
+def _terms(licence: str | None, facts: Mapping[str, Any]) -> str | None:
+    """What the card says of the weights' licence: what is given, and what they came with."""
+    words = (licence, facts.get("licence"), facts.get("attribution"))
+    return "; ".join(dict.fromkeys(word for word in words if word)) or None
 
 
 def _lower(

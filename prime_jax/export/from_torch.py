@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pydantic
 
-from prime_jax.errors import CheckpointError, PredictorError
+from prime_jax.errors import CheckpointError, PredictorError, first_fault
 from prime_jax.export.optional import need
 from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, verify_manifest
@@ -99,9 +99,7 @@ def _as_config(config: Config | None, where: str) -> AnyConfig:
     try:
         return model_config(fields)
     except pydantic.ValidationError as invalid:
-        first = invalid.errors()[0]
-        field = ".".join(["model", *map(str, first["loc"])])
-        raise PredictorError(f"{where}: {field}: {first['msg']}") from None
+        raise PredictorError(f"{where}: model.{first_fault(invalid)}") from None
 
 
 _COMPUTED_BY = (

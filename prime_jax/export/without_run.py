@@ -1,7 +1,6 @@
 """What a bundle can be made of besides a run: weights of PyTorch, an adapter, or nothing that was trained."""
 
 from argparse import Namespace
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +96,6 @@ def _from_adapter(given: Namespace, options: Any) -> dict[str, Any]:
 
     named = given.encoder or "minilm"
     predictor = general() if given.general else load_adapter(given.from_adapter, named)
-    told = predictor.info()
-    words = [told[name] for name in ("licence", "attribution") if name in told]
-    if options.licence is None and words:
-        options = replace(options, licence="; ".join(words))
     return _of_memory(predictor, given.out, options, trained=True)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pydantic
 from jaxtyping import Array
 
-from prime_jax.errors import CheckpointError
+from prime_jax.errors import CheckpointError, first_fault
 from prime_jax.files import read_json
 from prime_jax.manifest import MANIFEST, read_manifest, verify_manifest
 from prime_jax.models import Model, ModelConfig, model_config
@@ -68,7 +68,7 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         return model_config(read_json(path)["model"])
     except pydantic.ValidationError as unfit:
-        raise CheckpointError(f"{path}: does not describe a model ({unfit.errors()[0]['msg']})") from None
+        raise CheckpointError(f"{path}: does not describe a model ({first_fault(unfit)})") from None
     except (KeyError, TypeError) as unfit:
         raise CheckpointError(
             f"{path}: does not describe a model ({type(unfit).__name__}: {unfit})"

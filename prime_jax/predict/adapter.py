@@ -5,7 +5,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from prime_jax.data.encode import Encoder, load_encoder
-from prime_jax.errors import CheckpointError, ConfigError
+from prime_jax.errors import CheckpointError, ConfigError, first_fault
+from prime_jax.files import user_path
 from prime_jax.models.adapter import GENERAL, read_facts, with_adapter
 from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
@@ -48,23 +49,23 @@ def load_adapter(
         CheckpointError: If the file is missing, damaged, or belongs to another encoder.
         ConfigError: If there is no such encoder, or what is given is out of bounds.
     """
-    file = Path(file)
+    file = user_path(str(file))
     told = read_facts(file)
     found = load_encoder(encoder) if isinstance(encoder, str) else encoder
     if not isinstance(found, BertTextEncoder):
-        raise ConfigError(f"{file}: the weights of the encoder {encoder!r} are not at hand")
+        raise ConfigError(f"{file}: the weights of the encoder {found.identity} are not at hand")
     check_encoder(file, found)
     try:
         described = TextConfig(**told["model"])
     except (ValidationError, KeyError, TypeError) as unfit:
-        raise CheckpointError(f"{file}: does not describe a model ({unfit})") from None
+        words = first_fault(unfit) if isinstance(unfit, ValidationError) else str(unfit)
+        raise CheckpointError(f"{file}: does not describe a model ({words})") from None
     said = {"query_weight": query_weight, "max_context_length": max_turns}
     given = {name: value for name, value in said.items() if value is not None}
     try:
         described = TextConfig(**described.model_dump() | given)
     except ValidationError as unfit:
-        first = unfit.errors()[0]
-        raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"{file}: {first_fault(unfit)}") from None
     config = reading_config(described, found, str(encoder))
     model = started_model(config, with_adapter(starting_params(config, found), file))
     facts = {name: fact for name, fact in told.items() if name != "model"}

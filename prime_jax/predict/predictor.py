@@ -6,7 +6,7 @@ in chunks, and every row comes back (FR-PRED-012 to 014).
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,7 +187,7 @@ class Predictor:
         """Predict from texts, encoder and predictor in one program (`TextPaths` says more)."""
         return self._texts(context, query, encoder)
 
-    def encode_passages(self, texts: Sequence[str]) -> Vectors:
+    def encode_passages(self, texts: Iterable[str]) -> Vectors:
         """Embeddings of texts to search among, `[M, E]`, by the predictor's encoder (`TextPaths`)."""
         return self._texts.encode_passages(texts)
 

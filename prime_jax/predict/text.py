@@ -5,7 +5,7 @@ combination that occurs. Encoders that are not ours run by themselves, before th
 """
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,7 @@ from prime_jax.models.jasper import SteeredConfig
 from prime_jax.nn.bert import Pooling
 from prime_jax.predict.passes import forward_pass
 from prime_jax.predict.reading import ReadingPath
-from prime_jax.pretrained.bert import BertTextEncoder, check_texts, embedded
+from prime_jax.pretrained.bert import BertTextEncoder, check_texts, embedded, is_unicode
 from prime_jax.pretrained.pair import FOLDER, PairedEncoder, is_pair, load_pair
 from prime_jax.train.checkpoints import CONFIG
 
@@ -53,7 +53,8 @@ def encoder_of(predictor: "Predictor") -> Encoder:
         return load_pair(Path(source) / FOLDER)
     if predictor.config is None:
         raise ConfigError(
-            "this predictor carries no encoder and does not name one; give predict_text an encoder"
+            "this predictor carries no encoder and does not name one; give one to prime_jax.load (or "
+            "predict_text)"
         )
     named = predictor.config.data
     return load_encoder(named.encoder, named.encoder_precision, stored_in=Path(source or "model") / CONFIG)
@@ -133,19 +134,27 @@ class TextPaths:
             rows = self._path(encoder).predict(contexts, queries)
         return rows[0] if single else rows
 
-    def encode_passages(self, texts: Sequence[str]) -> Float[np.ndarray, "M E"]:
+    def encode_passages(self, texts: Iterable[str]) -> Float[np.ndarray, "M E"]:
         """Embeddings of passages, unit norm, in the space of the predictions.
 
         Raises:
-            ConfigError: If the predictor's encoder is not known.
+            ConfigError: If the predictor's encoder is not known, or encodes to another width.
             DataError: If an entry is no text.
         """
-        check_texts(texts)
+        texts = [*texts] if not isinstance(texts, str) else texts  # a generator can be read but once
+        check_texts(texts)  # which refuses a string
+        encoder, config = self._encoder_of_texts(), self._predictor.model.config
+        if encoder.dim != config.output_dim:
+            raise ConfigError(
+                f"the encoder gives {encoder.dim} dimensions, predictions have {config.output_dim}"
+            )
+        prefix = passage_prefix_for(encoder, self._predictor.passage_prefix)
+        return np.asarray(self._predictor.map_memory(encoder.encode([prefix + text for text in texts])))
+
+    def _encoder_of_texts(self) -> Encoder:
         with self._preparing:
             self._encoder = self._encoder or encoder_of(self._predictor)
-        prefix = passage_prefix_for(self._encoder, self._predictor.passage_prefix)
-        found = self._encoder.encode([prefix + text for text in texts])
-        return np.asarray(self._predictor.map_memory(found))
+            return self._encoder
 
     def warm_up(self) -> None:
         """Compile what single requests to a model that reads texts need."""
@@ -165,7 +174,8 @@ class TextPaths:
                     }
                 return self._named[encoder]
             if encoder is None:
-                self._own = self._own or TextPath(self._predictor)
+                self._encoder = self._encoder or encoder_of(self._predictor)
+                self._own = self._own or TextPath(self._predictor, self._encoder)
                 return self._own
             if self._given is None or self._given[0] is not encoder:
                 self._given = encoder, TextPath(self._predictor, encoder)
@@ -189,6 +199,8 @@ def as_requests(context: Contexts, query: Queries, most: int) -> tuple[list[list
             raise PredictorError(f"context{where} is not a list of texts, oldest first")
         if not isinstance(asked, str):
             raise PredictorError(f"query{where} is a {type(asked).__name__}, not a text")
+        if not all(map(is_unicode, (*turns, asked))):
+            raise PredictorError(f"context or query{where} holds half a character (a lone surrogate)")
         if len(turns) > most:
             raise PredictorError(
                 f"context{where} has {len(turns)} turns, the model takes at most {most}; pass the newest ones"

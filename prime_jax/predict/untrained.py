@@ -6,7 +6,7 @@ What they are worth beside trained ones is in docs/untrained.md.
 from pydantic import ValidationError
 
 from prime_jax.data.encode import Encoder, load_encoder
-from prime_jax.errors import ConfigError
+from prime_jax.errors import ConfigError, first_fault
 from prime_jax.models.mix import DECAY, WEIGHT, MixConfig, mix_of
 from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
@@ -59,8 +59,7 @@ def untrained(
         assert encoder is not None
         return _reader(encoder, max_turns, QUERY_WEIGHT if weight is None else weight, query_prefix or "")
     except ValidationError as unfit:
-        first = unfit.errors()[0]
-        raise ConfigError(f"untrained: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ConfigError(f"untrained: {first_fault(unfit)}") from None
 
 
 def _reader(encoder: Encoder | str, max_turns: int, query_weight: float, query_prefix: str) -> Predictor:

@@ -230,13 +230,25 @@ def check_texts(texts: Sequence[object]) -> None:
     """Refuse what is not a list of strings.
 
     Raises:
-        DataError: If `texts` is one string, or an entry is not a string; the message says which.
+        DataError: If `texts` is one string, or an entry is not a string, or half a character; the message
+            says which.
     """
     if isinstance(texts, str):
         raise DataError("expected a list of texts, got one string; wrap it in a list")
     for position, text in enumerate(texts):
         if not isinstance(text, str):
             raise DataError(f"text {position} is a {type(text).__name__}, not a string")
+        if not is_unicode(text):
+            raise DataError(f"text {position} holds half a character (a lone surrogate)")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string is whole characters: JSON can spell halves of them, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _embedder(graph: Any, pooling: Pooling) -> Callable[[_State, ArrayLike, ArrayLike], Array]:

@@ -58,7 +58,7 @@ def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
     """The application that serves a predictor.
 
     Args:
-        predictor: What predicts, warmed up.
+        predictor: What predicts.
         settings: Limits and time-outs.
     """
     metrics = Metrics()

@@ -155,7 +155,7 @@ class _Run:
             raise CheckpointError(
                 f"{self.out}: no complete checkpoint to resume from; start without --resume"
             )
-        for fact in ("data_hash", "encoder", "steering_hash"):
+        for fact in ("data_hash", "encoder", "steering_hash", "start"):
             before, now = checkpoint.facts.get(fact), self.facts.get(fact)
             if fact == "encoder":  # that of the start, where it was trained
                 before = checkpoint.facts.get("encoder_start", before)

@@ -208,7 +208,7 @@ def prepared(config: Config) -> Prepared:
         return Prepared(data, facts, None, TrainedTexts(config, dataset, start, store))
     if config.model.reads_text:
         data, start_text = text_start(config, dataset, data, encoder)
-        return Prepared(data, facts, None, text_start=start_text)
+        return Prepared(data, {**facts, **start_text.facts}, None, text_start=start_text)
     if watching is not None:
         data = with_control(
             data,

@@ -1,5 +1,6 @@
 """How a text predictor starts: as the encoder that its memory was made with, or that with an adapter."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from prime_jax.data.embedded import EmbeddedDataset
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.data.records import Dataset
 from prime_jax.data.sequences import PackedBatches
-from prime_jax.errors import CheckpointError, ConfigError
-from prime_jax.models.adapter import GENERAL, read_facts, with_adapter
+from prime_jax.errors import CheckpointError, ConfigError, first_fault
+from prime_jax.files import sha256
+from prime_jax.models.adapter import GENERAL, adapter_rank, read_facts, with_adapter
 from prime_jax.models.text import ROLES, TextConfig, TextPredictor
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.pretrained.families import read_encoder_config
@@ -33,10 +35,13 @@ class TextStart:
     Attributes:
         params: Parameters of the model to start from, float32, nested dicts.
         tokenizer: The file that goes with every checkpoint.
+        facts: What a checkpoint must remember of the adapter that it starts with, if there is one: `start`
+            with its `sha256` and `rank`, and its `licence` and `attribution`.
     """
 
     params: Any
     tokenizer: Path
+    facts: Mapping[str, Any]
 
 
 def completed(config: Config) -> Config:
@@ -69,7 +74,7 @@ def reading_config(model: TextConfig, encoder: BertTextEncoder, name: str) -> Te
     try:
         return TextConfig.model_validate({**model.model_dump(), **taken})
     except ValidationError as unfit:
-        raise ConfigError(f"data.encoder {name!r}: {unfit.errors()[0]['msg']}") from None
+        raise ConfigError(f"data.encoder {name!r}: {first_fault(unfit)}") from None
 
 
 def starting_params(model: TextConfig, encoder: BertTextEncoder) -> dict[str, Any]:
@@ -83,19 +88,30 @@ def starting_params(model: TextConfig, encoder: BertTextEncoder) -> dict[str, An
 
 
 def adapter_of(start: str) -> Path | None:
-    """The adapter that `train.start` names; None for the encoder as it is."""
-    return None if start == "encoder" else GENERAL if start == "general" else Path(start)
+    """The adapter that `train.start` names; None for the encoder as it is.
+
+    Raises:
+        ConfigError: If it is neither known nor a file.
+    """
+    if start in ("encoder", "general"):
+        return None if start == "encoder" else GENERAL
+    if not Path(start).is_file():
+        raise ConfigError(f"train.start {start!r}: neither encoder nor general, nor the file of an adapter")
+    return Path(start)
 
 
-def check_encoder(adapter: Path, encoder: BertTextEncoder) -> None:
-    """Refuse an encoder that an adapter does not belong to.
+def check_encoder(adapter: Path, encoder: BertTextEncoder) -> dict[str, Any]:
+    """Refuse an encoder that an adapter does not belong to; gives what its file says (`read_facts`).
 
     Raises:
         CheckpointError: Naming both; or if the file is missing or no adapter.
     """
-    of = read_facts(adapter).get("encoder")
-    if of != encoder.identity:
-        raise CheckpointError(f"{adapter}: belongs to the encoder {of}, the one given is {encoder.identity}")
+    facts = read_facts(adapter)
+    if facts.get("encoder") != encoder.identity:
+        raise CheckpointError(
+            f"{adapter}: belongs to the encoder {facts.get('encoder')}, the one given is {encoder.identity}"
+        )
+    return facts
 
 
 def started_model(model: TextConfig, params: Any) -> TextPredictor:
@@ -120,10 +136,32 @@ def text_start(
             "their oldest words are not read"
         )
     params, adapter = starting_params(model, start), adapter_of(config.train.start)
-    if adapter is not None:
-        check_encoder(adapter, start)
-        params = with_adapter(params, adapter)
-    return data, TextStart(params, file)
+    if adapter is None:
+        return data, TextStart(params, file, {})
+    told = check_encoder(adapter, start)
+    _compare(told["model"], model, config.train.start)
+    facts: dict[str, Any] = {name: told[name] for name in ("licence", "attribution") if name in told}
+    facts["start"] = {"sha256": sha256(adapter), "rank": adapter_rank(adapter)}
+    return data, TextStart(with_adapter(params, adapter), file, facts)
+
+
+def _compare(before: Mapping[str, Any], model: TextConfig, start: str) -> None:
+    """Say where a model reads otherwise than the adapter it starts with.
+
+    Raises:
+        ConfigError: If it does so that what was learned is lost.
+    """
+    if before.get("separate_turns", True) != model.separate_turns:
+        raise ConfigError(
+            f"train.start {start!r} was trained with model.separate_turns {not model.separate_turns}; set it "
+            "so"
+        )
+    for name in ("query_weight", "max_tokens"):
+        if name in before and before[name] != getattr(model, name):
+            say(
+                f"train.start {start!r} was trained with model.{name} {before[name]}, here it is "
+                f"{getattr(model, name)}: the start is not quite what it was"
+            )
 
 
 def packed_batches(config: Config, data: EmbeddedDataset, split: str) -> PackedBatches | None:

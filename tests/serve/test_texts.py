@@ -14,6 +14,8 @@ from conftest import Served, serving
 
 import prime_jax
 from prime_jax.predict.predictor import Predictor
+from prime_jax.serve.app import build_app
+from prime_jax.serve.settings import ServeSettings
 
 TURNS, QUERY = ["the cat sat", "the dog ran"], "and a bird"
 
@@ -67,14 +69,22 @@ def test_what_is_no_question_is_refused(served_texts: Served, sent: Any, message
     assert message in answer.json()["error"]
 
 
+def test_half_a_character_is_refused(served_texts: Served) -> None:
+    sent = {"content": b'{"query": "\\ud800"}', "headers": {"content-type": "application/json"}}
+    answer = served_texts.client.post("/predict_text", **sent)
+    assert answer.status_code == 422
+    assert "query holds half a character" in answer.json()["error"]
+
+
 def test_too_many_and_too_late(reader: Predictor) -> None:
     class Slow(Predictor):
         """Answers when it is told to."""
 
         opened = threading.Event()
-        running = most = 0
+        running = most = calls = 0
 
         def predict_text(self, *given: Any, **options: Any) -> Any:
+            self.calls += 1
             self.running += 1
             self.most = max(self.most, self.running)
             assert self.opened.wait(30)
@@ -82,19 +92,26 @@ def test_too_many_and_too_late(reader: Predictor) -> None:
             return reader.predict_text(*given, **options)
 
     slow = Slow(reader.model, facts={"source": reader.info()["source"]})
-    with serving(slow, max_queue=2, timeout_s=0.5) as started, ThreadPoolExecutor(3) as threads:
+    with serving(slow, max_queue=1, timeout_s=0.5) as started, ThreadPoolExecutor(3) as threads:
 
         def ask(_: int) -> int:
             return int(started.client.post("/predict_text", json={"query": QUERY}).status_code)
 
         assert sorted(threads.map(ask, range(3))) == [503, 504, 504]
-        assert ask(0) == 503  # those two still wait for the device
+        assert ask(0) == 504  # one of those two has the device still, the other one has left the queue
         slow.opened.set()
         for _ in range(100):
             if (status := ask(0)) == 200:
                 break
         assert status == 200
         assert slow.most == 1
+        assert slow.calls == 2  # nobody is computed who has left before
+
+
+@pytest.mark.parametrize("wrong", [{"guard": "on"}, {"max_sessions": 3}])
+def test_what_texts_do_not_have_is_refused(reader: Predictor, wrong: dict[str, Any]) -> None:
+    with pytest.raises(prime_jax.ConfigError, match="go with models that take embeddings"):
+        build_app(reader, ServeSettings(run=Path("unused"), **wrong))
 
 
 def test_a_run_that_takes_embeddings_has_no_texts(served: Served) -> None:
@@ -106,6 +123,9 @@ def test_passages_are_encoded_by_the_predictors_encoder(reader: Predictor, tmp_p
     assert reader.text_encoder is not None
     found = reader.encode_passages(passages)
     np.testing.assert_allclose(found, reader.text_encoder.encode(passages), atol=1e-6)
+    np.testing.assert_array_equal(reader.encode_passages(text for text in passages), found)
+    with pytest.raises(prime_jax.DataError, match="text 0 holds half a character"):
+        reader.encode_passages(["\udfff"])
     with pytest.raises(prime_jax.DataError, match="expected a list of texts"):
         reader.encode_passages("a cat")
     with pytest.raises(prime_jax.ConfigError, match="carries no encoder"):
