@@ -69,6 +69,8 @@ def load_adapter(
     config = reading_config(described, found, str(encoder))
     model = started_model(config, with_adapter(starting_params(config, found), file))
     facts = {name: fact for name, fact in told.items() if name != "model"}
+    if given:  # its figures are those of other settings
+        facts.pop("metrics", None)
     predictor = Predictor(
         model, facts={**facts, "source": str(found.source.transformer), "adapter": str(file)}
     )

@@ -12,7 +12,7 @@ from prime_jax.serve.settings import read_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until SIGTERM or Ctrl-C; 0 after a stop, 2 for a user's mistake."""
+    """Run the server until SIGTERM or Ctrl-C; 0 after a stop, 2 for a mistake, 130 stopped while loading."""
     try:
         settings = read_settings(sys.argv[1:] if argv is None else argv)
         try:
@@ -26,7 +26,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from prime_jax.predict.predictor import load
         from prime_jax.predict.untrained import untrained
 
-        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        logging.basicConfig(
+            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        )
         listening = _bind(settings.host, settings.port)
         if settings.general:
             predictor = general()
@@ -36,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"Loading {settings.run}")
             predictor = load(settings.run, precision=settings.precision, encoder=settings.encoder)
         app = build_app(predictor, settings)
+    except KeyboardInterrupt:
+        return 130
     except PredictorError as mistake:
         print(f"prime-jax serve: {mistake}", file=sys.stderr)
         return 2

@@ -26,7 +26,10 @@ FAULTS: dict[int | str, dict[str, Any]] = {
     408: {"model": Fault, "description": "the body did not come in time"},
     413: {"model": Fault, "description": "body too large"},
     415: {"model": Fault, "description": "the body is not called JSON, or is compressed"},
-    422: {"model": Fault, "description": "wrong shape or dimension, NaN, no embedding's norm, no text, unknown field"},
+    422: {
+        "model": Fault,
+        "description": "wrong shape or dimension, NaN, no embedding's norm, no text, unknown field",
+    },
     503: {"model": Fault, "description": "too many requests are waiting"},
     504: {"model": Fault, "description": "no answer in time"},
 }
