@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from prime_jax.predict.predictor import load
         from prime_jax.predict.untrained import untrained
 
-        logging.basicConfig(
-            level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
-        )
+        logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
         listening = _bind(settings.host, settings.port)
         if settings.general:
             predictor = general()
