@@ -37,9 +37,9 @@ class WrongAnswerError(PredictorError):
     """The model answered with what is no prediction; a fault of the model, not of the request."""
 
 
-def first_fault(invalid: "ValidationError") -> str:
-    """The first thing that pydantic found wrong, in one line: where, and what."""
+def first_fault(invalid: "ValidationError", *, within: str | None = None) -> str:
+    """The first thing that pydantic found wrong, in one line: where (`within` a section), and what."""
     fault = invalid.errors()[0]
-    where = ".".join(map(str, fault["loc"]))
+    where = ".".join([*([within] if within else []), *map(str, fault["loc"])])
     message = fault["msg"].removeprefix("Value error, ")
     return f"{where}: {message}" if where else message

@@ -103,7 +103,7 @@ def test_every_candidate_is_a_model_that_finds_the_same(kind: str, read: Compari
     data, dev = compared.data, compared.splits["dev"]
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     for candidate in compared.candidates:
-        model, source_folder = model_of(candidate, compared)
+        model, source_folder, _ = model_of(candidate, compared)
         predictor = Predictor(model, facts={} if source_folder is None else {"source": str(source_folder)})
         if predictor.reads_text:
             assert dev.context_texts is not None

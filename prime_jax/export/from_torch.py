@@ -99,7 +99,7 @@ def _as_config(config: Config | None, where: str) -> AnyConfig:
     try:
         return model_config(fields)
     except pydantic.ValidationError as invalid:
-        raise PredictorError(f"{where}: model.{first_fault(invalid)}") from None
+        raise PredictorError(f"{where}: {first_fault(invalid, within='model')}") from None
 
 
 _COMPUTED_BY = (
