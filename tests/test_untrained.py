@@ -9,6 +9,7 @@ import pytest
 import tiny_bert
 
 import prime_jax
+from benchmarks import first_day
 from prime_jax.config import DataConfig
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate import UNTRAINED
@@ -219,3 +220,13 @@ def test_options_that_contradict_each_other_are_refused(
     assert export([*told, "--out", str(tmp_path / "bundle")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_costs_are_measured_beside_the_query(folder: Path, words: Path, tmp_path: Path) -> None:
+    out = tmp_path / "costs.json"
+    first_day.main(["--data", str(words), "--out", str(out), "--questions", "3", "--encoder", str(folder)])
+    costs = read_json(out)
+    assert costs["questions"] == 3
+    assert set(costs["contenders"]) == {"query", "mix", "text"}  # the general one belongs to MiniLM
+    assert costs["contenders"]["query"]["of_query"] == 1.0
+    assert all(0 < one["ms_median"] <= one["ms_p95"] for one in costs["contenders"].values())
