@@ -1,252 +1,60 @@
-"""The HTTP door: POST /predict or /predict_text, /sessions, GET /health, /metrics.
-
-OpenAPI under /docs and /openapi.json.
-"""
+"""The server: routes of the model that is served, /health and /metrics; OpenAPI under /docs."""
 
 import asyncio
-import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Any
 
-import numpy as np
-from fastapi import APIRouter, Body, FastAPI, Request, Response
-from pydantic import Field
-from starlette.exceptions import HTTPException
+from fastapi import FastAPI, Response
 
 from prime_jax._version import __version__
-from prime_jax.errors import OverloadedError
-from prime_jax.frozen import Frozen
-from prime_jax.predict.inputs import check_norms, checked
-from prime_jax.predict.judging import check_guard
 from prime_jax.predict.predictor import Predictor
-from prime_jax.predict.schema import Encoding, PredictorInput, PredictorOutput, Vector
-from prime_jax.serve.answers import as_json, output
-from prime_jax.serve.faults import FAULTS, answer_errors
+from prime_jax.serve.embeddings import embedding_door
+from prime_jax.serve.faults import answer_errors
 from prime_jax.serve.limits import BodyLimit, Observe
 from prime_jax.serve.metrics import Metrics
-from prime_jax.serve.sessions import Sessions
 from prime_jax.serve.settings import ServeSettings
-from prime_jax.serve.texts import text_routes
-from prime_jax.serve.waiting import in_time
-
-T = TypeVar("T")
-_LOG = logging.getLogger(__name__)
-
-
-class Turn(Frozen):
-    """A turn to add to a session."""
-
-    turn_embedding: Vector = Field(description="embedding of the turn")
-
-
-class Query(Frozen):
-    """A query to a session."""
-
-    query_embedding: Vector = Field(description="embedding of the query")
-    encoding: Encoding = Field(default="list", description="form of the predicted embedding in the answer")
-
-
-class SessionState(Frozen):
-    """Which session, and how many turns it holds."""
-
-    id: str
-    turns: int
+from prime_jax.serve.texts import text_door
 
 
 def build_app(predictor: Predictor, settings: ServeSettings) -> FastAPI:
-    """The application that serves a predictor.
+    """The application that serves a predictor; everything it needs is compiled here.
 
     Args:
         predictor: What predicts.
         settings: Limits and time-outs.
+
+    Raises:
+        ConfigError: For settings that its kind of model does not know.
+        PredictorError: If a guard is asked for that it does not have.
     """
     metrics = Metrics()
-    at_end: list[Callable[[], None]] = []
+    door = (text_door if predictor.reads_text else embedding_door)(predictor, settings, metrics)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        for close in at_end:
-            await asyncio.to_thread(close)
+        if door.close is not None:
+            await asyncio.to_thread(door.close)
 
     app = FastAPI(title="prime-jax", version=__version__, lifespan=lifespan)
     app.state.metrics = metrics
-    app.add_middleware(
-        BodyLimit, limit=settings.body_limit(predictor.model.config), seconds=settings.timeout_s
-    )
+    limit = settings.body_limit(predictor.model.config)
+    app.add_middleware(BodyLimit, limit=limit, seconds=settings.timeout_s)
     app.add_middleware(Observe, metrics=metrics)
     answer_errors(app)
-    if predictor.reads_text:
-        state = {"guard": False, "reads_text": True}
-        app.include_router(text_routes(predictor, settings, metrics))
-    else:
-        state = _take_embeddings(app, predictor, settings, metrics, at_end)
+    app.include_router(door.routes)
 
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """What is served. The server listens only once everything is compiled, so an answer means ready."""
-        return {"status": "ok", **state, **_facts(predictor)}
+        return {"status": "ok", **door.health, **_facts(predictor)}
 
     @app.get("/metrics", include_in_schema=False)
     async def figures() -> Response:
         return Response(metrics.page(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
-
-
-def _take_embeddings(
-    app: FastAPI,
-    predictor: Predictor,
-    settings: ServeSettings,
-    metrics: Metrics,
-    at_end: list[Callable[[], None]],
-) -> dict[str, Any]:
-    """Routes of a model that takes embeddings; gives what /health says of them."""
-    config = predictor.model.config
-    guard = settings.guards(predictor.confidence is not None and config.input_dim == config.output_dim)
-    if guard:
-        check_guard(config, predictor.confidence)  # refused now, not at the first request
-    used = not (guard and predictor.confidence is not None and predictor.confidence.strength[0] == 0)
-    if not used:
-        _LOG.warning(
-            "validation did not show that these predictions beat %s, so the guard always serves that; "
-            "--guard off serves predictions",
-            predictor.confidence and predictor.confidence.fallback_mix,
-        )
-    batcher = predictor.batcher(
-        max_delay_ms=settings.max_delay_ms, max_queue=settings.max_queue, on_call=metrics.batch.observe
-    )
-    at_end.append(batcher.close)
-    sessions = Sessions(settings.max_sessions, settings.session_idle_s)
-    if settings.max_sessions:
-        predictor.session()  # compiled now, not at the first request
-
-    app.include_router(_session_routes(predictor, sessions, settings, guard))
-    metrics.gauge("queue_depth", "Requests that wait for the device.", lambda: batcher.stats().waiting)
-    metrics.gauge("sessions", "Sessions kept.", lambda: len(sessions))
-
-    @app.post("/predict", responses=FAULTS, response_model=PredictorOutput)
-    async def predict(request: Request, body: PredictorInput) -> Response:
-        """Predict the embedding to search with. Stateless: the whole window comes with the request."""
-        context, query = body.context_embeddings, body.query_embedding
-        check_norms("context_embeddings", context, zero=True)  # as `predict` does, by the names of the body
-        check_norms("query_embedding", query)
-        vector = await in_time(request, batcher.predict_async(context, query), settings.timeout_s)
-        return as_json(_judged(predictor, context, query, vector, guard, body.encoding))
-
-    return {"guard": guard, "predictions_used": used}
-
-
-def _session_routes(
-    predictor: Predictor, sessions: Sessions, settings: ServeSettings, guard: bool
-) -> APIRouter:
-    """Conversations kept by this process. A replica knows only its own, so route a session to one replica."""
-    routes = APIRouter(prefix="/sessions", tags=["sessions"], responses=FAULTS)
-
-    running: set[asyncio.Task[Any]] = set()
-
-    def enabled() -> None:
-        if settings.max_sessions == 0:
-            raise HTTPException(
-                404,
-                "this server keeps no sessions; start it with --max-sessions, or use /predict",
-            )
-
-    async def use(request: Request, name: str, work: Callable[[Any], T]) -> T:
-        """Run `work(session)` on a thread, one at a time for each session, and always to its end."""
-        enabled()
-        kept = sessions.find(name)
-        if len(running) >= settings.max_queue:
-            raise OverloadedError(f"{len(running)} requests to sessions are waiting already; try again later")
-
-        async def alone() -> T:
-            async with kept.lock:
-                return await asyncio.to_thread(work, kept.session)
-
-        task = asyncio.create_task(alone())
-        running.add(task)
-        task.add_done_callback(running.discard)
-        return await in_time(request, asyncio.shield(task), settings.timeout_s)
-
-    @routes.post("", status_code=201)
-    async def create() -> SessionState:
-        """Start a session."""
-        enabled()
-        sessions.make_room()
-        return SessionState(id=sessions.keep(await asyncio.to_thread(predictor.session)), turns=0)
-
-    @routes.get("/{name}")
-    async def look(request: Request, name: str) -> SessionState:
-        """How many turns a session holds."""
-        return SessionState(id=name, turns=await use(request, name, _length))
-
-    @routes.delete("/{name}", status_code=204)
-    async def drop(name: str) -> None:
-        """Forget a session."""
-        enabled()
-        sessions.drop(name)
-
-    @routes.post("/{name}/turns")
-    async def append(request: Request, name: str, body: Turn) -> SessionState:
-        """Add a turn; where the window is full the oldest drops out."""
-        check_norms("turn_embedding", body.turn_embedding, zero=True)
-
-        def work(session: Any) -> int:
-            session.append(body.turn_embedding)
-            return _length(session)
-
-        return SessionState(id=name, turns=await use(request, name, work))
-
-    @routes.post("/{name}/predict", response_model=PredictorOutput)
-    async def predict(request: Request, name: str, body: Query) -> Response:
-        """Predict the embedding to search with, from the session's turns."""
-        check_norms("query_embedding", body.query_embedding)
-
-        def work(session: Any) -> PredictorOutput:
-            vector = session.predict(body.query_embedding)
-            (context,), (mask,) = session.window()
-            return _judged(predictor, context[mask], body.query_embedding, vector, guard, body.encoding)
-
-        return as_json(await use(request, name, work))
-
-    @routes.get("/{name}/state", response_class=Response)
-    async def save(request: Request, name: str) -> Response:
-        """The session as a file, to go on elsewhere."""
-        saved = await use(request, name, lambda session: session.save())
-        return Response(saved, media_type="application/octet-stream")
-
-    @routes.put("/{name}/state")
-    async def restore(
-        request: Request, name: str, saved: Annotated[bytes, Body(media_type="application/octet-stream")]
-    ) -> SessionState:
-        """Go on from a file that a session gave."""
-
-        def work(session: Any) -> int:
-            session.restore(saved)
-            return _length(session)
-
-        return SessionState(id=name, turns=await use(request, name, work))
-
-    return routes
-
-
-def _judged(
-    predictor: Predictor,
-    context: np.ndarray,
-    query: np.ndarray,
-    vector: np.ndarray,
-    guard: bool,
-    encoding: Encoding,
-) -> PredictorOutput:
-    """The prediction `[E]` for turns `[n, D]` and a query `[D]`, guarded if asked for; its confidence."""
-    request = checked(predictor.model.config, context, query)
-    vector, sure, trust = predictor.judge(request, vector[None], guard=guard).first()
-    return output(vector, encoding, None if sure is None else float(sure), float(trust) if guard else None)
-
-
-def _length(session: Any) -> int:
-    return int(session.lengths[0])
 
 
 def _facts(predictor: Predictor) -> dict[str, Any]:

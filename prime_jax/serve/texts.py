@@ -11,6 +11,7 @@ from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.schema import Encoding, PredictorOutput
 from prime_jax.predict.text import as_requests
 from prime_jax.serve.answers import as_json, output
+from prime_jax.serve.door import Door
 from prime_jax.serve.faults import FAULTS
 from prime_jax.serve.metrics import Metrics
 from prime_jax.serve.settings import ServeSettings
@@ -25,7 +26,7 @@ class Question(Frozen):
     encoding: Encoding = Field(default="list", description="form of the predicted embedding in the answer")
 
 
-def text_routes(predictor: Predictor, settings: ServeSettings, metrics: Metrics) -> APIRouter:
+def text_door(predictor: Predictor, settings: ServeSettings, metrics: Metrics) -> Door:
     """Predictions from texts, one device call at a time; everything is compiled here.
 
     Raises:
@@ -63,4 +64,4 @@ def text_routes(predictor: Predictor, settings: ServeSettings, metrics: Metrics)
         task.add_done_callback(running.discard)
         return as_json(await in_time(request, task, settings.timeout_s))
 
-    return routes
+    return Door(routes, {"guard": False, "reads_text": True})
