@@ -76,7 +76,7 @@ general: $(STAMP_RUN)  ## Train the predictor that comes with the package anew, 
 	$(BIN)/prime-jax combine $(GENERAL_SETS) --rows 850 --dev-rows 60 --out $(GENERAL)/data
 	$(PY) -m prime_jax.train --config configs/general.yaml --data.path $(GENERAL)/data --out $(GENERAL)
 	$(PY) -m prime_jax.export --run $(GENERAL) --out $(GENERAL)/bundle --adapter $(GENERAL)/general.safetensors \
-	  --licence "CC BY-SA 4.0" --attribution "$$(cat prime_jax/models/general.txt)"
+	  --share 0.5 --licence "CC BY-SA 4.0" --attribution "$$(cat prime_jax/models/general.txt)"
 
 setup: $(STAMP_DEV)  ## Install everything development needs into .venv
 

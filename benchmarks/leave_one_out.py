@@ -1,7 +1,7 @@
 """Does a predictor that was trained on other conversations help on these? Leave each set out in turn.
 
     python -m benchmarks.leave_one_out --out FILE.json [--config configs/general.yaml] [--rows 2000]
-        [--seeds 0] [--only NAME ...] [--keep DIR] NAME=DIR ... [--section.setting=VALUE ...]
+        [--share 0.5] [--seeds 0] [--only NAME ...] [--keep DIR] NAME=DIR ... [--section.setting=VALUE ...]
 
 For every set a text predictor is trained on all the others together (`prime-jax combine`, about so many
 examples of each), and judged on the dev split of the one that was left out, of which nothing was seen. Its
@@ -9,8 +9,8 @@ rows:
 
 - query; mix, the untrained one with weight 0.3 and decay 0.5; text, the untrained encoder's vector of query
   and turns plus the query's own; text_same, the same with the weight of `model.query_weight`;
-- general, the trained predictor; general_query and general_mix, the mean of its vector and that of the query
-  or the mix.
+- general, the trained predictor, a --share of the way from the encoder to what was learned; general_query and
+  general_mix, the mean of its vector and that of the query or the mix.
 
 Nothing is tuned on a set that is judged. Figures are MRR@10 and P@5 with 95% intervals over conversations,
 each row's difference to the query, and that of general to the untrained rows. A set that is done is in the
@@ -24,7 +24,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 from numpy import ndarray
 
 from benchmarks.common import facts
@@ -32,7 +34,7 @@ from benchmarks.study import trained
 from prime_jax import load, untrained
 from prime_jax.config import Config, read_config
 from prime_jax.data.combine import combined
-from prime_jax.data.encode import load_encoder
+from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.data.grouping import conversation_labels
 from prime_jax.data.records import load_dataset, write_dataset
 from prime_jax.errors import DataError
@@ -40,12 +42,15 @@ from prime_jax.evaluate.arrays import Corpus, Split, retrieve
 from prime_jax.evaluate.run import embed, split_arrays
 from prime_jax.evaluate.significance import compare, interval
 from prime_jax.files import read_json, write_json
+from prime_jax.models import Model
 from prime_jax.models.mix import DECAY, WEIGHT
-from prime_jax.models.text import TextConfig
+from prime_jax.models.text import TextConfig, TextPredictor
 from prime_jax.predict.predictor import Predictor
+from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
 from prime_jax.retrieval.mix import RecencyMix
 from prime_jax.retrieval.vectors import unit
+from prime_jax.train.text_start import started_model, starting_params
 
 METRICS = ("P@5", "MRR@10")
 UNTRAINED = ("query", "mix", "text", "text_same")
@@ -107,6 +112,15 @@ def evaluate_set(general: Predictor, config: Config, folder: Path) -> dict[str, 
     }
 
 
+def with_share(model: Model, encoder: Encoder, share: float) -> Predictor:
+    """A text predictor a share of the way from its encoder to its own weights."""
+    assert isinstance(model, TextPredictor)
+    assert isinstance(encoder, BertTextEncoder)
+    start, end = starting_params(model.config, encoder), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    params = jax.tree.map(lambda a, b: np.asarray(a + share * (np.asarray(b, np.float32) - a)), start, end)
+    return Predictor(started_model(model.config, params), facts={"source": str(encoder.source.transformer)})
+
+
 def trained_without(
     name: str, sets: Mapping[str, Path], given: argparse.Namespace, words: Sequence[str], seed: int, out: Path
 ) -> Config:
@@ -153,6 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--dev-rows", type=int, default=100, help="of each set's dev, which chooses checkpoints"
     )
+    parser.add_argument("--share", type=float, default=0.5, help="of what was learned (default: 0.5)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="NAME", help="sets to leave out")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep the runs, as DIR/NAME/SEED")
@@ -165,7 +180,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise DataError("name two sets or more, as NAME=DIR")
     if unknown := set(given.only or ()) - set(sets):
         raise DataError(f"--only: there is no set {unknown.pop()}; there are {', '.join(sets)}")
-    same = {"sets": sorted(sets), "rows": given.rows, "config": given.config.name, "settings": list(words)}
+    same = {
+        **{"sets": sorted(sets), "rows": given.rows, "share": given.share},
+        **{"config": given.config.name, "settings": list(words)},
+    }
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {"made_of": same, "left_out": {}}
     if result["made_of"] != same:
         raise DataError(f"{given.out}: was made of something else; choose another --out")
@@ -177,7 +195,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             with tempfile.TemporaryDirectory() as scratch:
                 run = (given.keep or Path(scratch)) / name / str(seed)
                 config = trained_without(name, sets, given, words, seed, run)
-                done[str(seed)] = evaluate_set(load(run, precision="float32"), config, sets[name])
+                found = load(run, precision="float32").model
+                encoder = load_encoder(config.data.encoder, config.data.encoder_precision)
+                general = with_share(found, encoder, given.share)
+                done[str(seed)] = evaluate_set(general, config, sets[name])
             result["mean_MRR@10"] = means(result["left_out"])
             write_json(given.out, {**result, **facts("jax", "flax", "optax")})
             for row, figures in done[str(seed)]["rows"].items():

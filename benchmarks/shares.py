@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import nnx
 
 from benchmarks.common import facts
-from benchmarks.leave_one_out import named_folders
+from benchmarks.leave_one_out import named_folders, with_share
 from prime_jax import load
 from prime_jax.config import read_config
 from prime_jax.data.encode import load_encoder
@@ -27,11 +25,9 @@ from prime_jax.evaluate.arrays import Corpus, retrieve
 from prime_jax.evaluate.run import embed, split_arrays
 from prime_jax.files import read_json, write_json
 from prime_jax.models.text import TextConfig
-from prime_jax.predict.predictor import Predictor
 from prime_jax.pretrained.bert import BertTextEncoder
 from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
 from prime_jax.retrieval.vectors import unit
-from prime_jax.train.text_start import started_model, starting_params
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 WEIGHTS = (0.0, 0.25, 0.5, 1.0)
@@ -50,7 +46,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, encoder = load(given.run, precision="float32").model, load_encoder(config.data.encoder)
     if not isinstance(model.config, TextConfig) or not isinstance(encoder, BertTextEncoder):
         raise DataError(f"{given.run}: is no run of a text predictor")
-    start, end = starting_params(model.config, encoder), nnx.to_pure_dict(nnx.state(model, nnx.Param))
     store = None if config.data.store is None else Path(config.data.store)
     result: dict[str, Any] = read_json(given.out) if given.out.exists() else {"on": {}}
     for name, folder in named_folders(given.sets).items():
@@ -64,12 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         assert dev.query_texts is not None
         cells: dict[str, dict[str, float]] = {}
         for share in SHARES:
-            params = jax.tree.map(
-                lambda a, b, share=share: np.asarray(a + share * (np.asarray(b, np.float32) - a)), start, end
-            )
-            one = Predictor(
-                started_model(model.config, params), facts={"source": str(encoder.source.transformer)}
-            )
+            one = with_share(model, encoder, share)
             vectors = one.predict_text(dev.context_texts, dev.query_texts)
             cells[f"{share:g}"] = {
                 f"{weight:g}": float(

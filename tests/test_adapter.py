@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_bert
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import prime_jax
 from prime_jax.errors import CheckpointError, ConfigError, ExportError
 from prime_jax.export.__main__ import main as export
-from prime_jax.export.adapter import write_adapter
+from prime_jax.export.adapter import _leaves, write_adapter
 from prime_jax.models.adapter import FORMAT, read_facts
 from prime_jax.predict.adapter import load_adapter
 from prime_jax.pretrained.bert import BertTextEncoder
@@ -64,6 +65,33 @@ def test_encoder_and_adapter_are_the_run(run: Path, file: Path, folder: Path) ->
     assert file.stat().st_size < 30_000  # the encoder has 110,000 bytes
     names = {name.rsplit("/", 1)[0] for name in load_file(file)}
     assert all(name == "roles" or "/layers/" in name for name in names)
+
+
+def test_a_share_of_it_lies_between_encoder_and_run(file: Path, folder: Path, tmp_path: Path) -> None:
+    encoder = BertTextEncoder(folder)
+    whole = load_adapter(file, encoder)
+    half, start = load_adapter(file, encoder, share=0.5), load_adapter(file, encoder, share=1e-6)
+    leaves = [
+        dict(_leaves(nnx.to_pure_dict(nnx.state(one.model, nnx.Param)))) for one in (start, half, whole)
+    ]
+    name = next(name for name in leaves[0] if np.abs(leaves[2][name] - leaves[0][name]).max() > 0.01)
+    np.testing.assert_allclose(leaves[1][name], (leaves[0][name] + leaves[2][name]) / 2, atol=1e-5)
+    told = {"format": FORMAT, **read_facts(file), "share": 0.5}
+    shared = tmp_path / "shared.safetensors"
+    save_file(load_file(file), shared, metadata={"prime_jax": json.dumps(told)})
+    expected = half.predict_text(TALKS, QUERIES)
+    np.testing.assert_allclose(
+        load_adapter(shared, encoder).predict_text(TALKS, QUERIES), expected, atol=1e-6
+    )
+    full = load_adapter(shared, encoder, share=1.0)
+    np.testing.assert_allclose(
+        full.predict_text(TALKS, QUERIES), whole.predict_text(TALKS, QUERIES), atol=1e-6
+    )
+    assert full.info()["share"] == 1.0
+    assert "metrics" not in full.info()
+    for wrong in (0.0, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match="share must be above 0 and at most 1"):
+            load_adapter(file, encoder, share=wrong)
 
 
 def test_it_is_exported_like_any_other(run: Path, file: Path, folder: Path, tmp_path: Path) -> None:
@@ -174,6 +202,7 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
     name = next(name for name in tensors if name.endswith("/a"))
     refused("not an adapter of the format", {**told, "format": "prime-jax adapter 9"})
     refused("does not describe a model", {**told, "model": {"kind": "text", "max_tokens": 3}})
+    refused("its share is 2.0", {**told, "share": 2.0})
     refused("its query_prefix is 5", {**told, "query_prefix": 5})
     refused("its metrics are", {**told, "metrics": {"MRR@10": "high"}})
     refused("finite float32", **{name: np.full_like(tensors[name], np.nan)})
@@ -197,6 +226,8 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
         (["--untrained", "6", "--adapter", "x.safetensors"], "goes with --run"),
         (["--run", "{run}", "--adapter", "x.bin"], "goes with --run"),
         (["--run", "{run}", "--attribution", "somebody"], "goes with --adapter"),
+        (["--run", "{run}", "--share", "0.5"], "--share goes with --adapter"),
+        (["--run", "{run}", "--adapter", "x.safetensors", "--share", "2"], "at most 1, not 2.0"),
         (["--general", "--encoder", "minilm"], "--encoder does not go with --general"),
         (["--run", "{run}", "--adapter", "{out}/x.safetensors"], "lies in the bundle"),
     ],

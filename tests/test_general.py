@@ -58,6 +58,7 @@ def test_it_is_small_and_says_what_it_is(general: Predictor) -> None:
     for name in ("max_tokens", "query_weight", "roles", "separate_turns", "max_context_length"):
         assert facts["model"][name] == getattr(config.model, name)
     info = general.info()
+    assert info["share"] == 0.5
     assert "CC BY-SA 4.0" in info["licence"]
     for source in (
         "Changelog",

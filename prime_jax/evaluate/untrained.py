@@ -4,6 +4,7 @@ Every candidate is a model in the end (`model_of`), so that the best one is expo
 """
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from numpy import ndarray
 
 from prime_jax.config import DataConfig
-from prime_jax.data.encode import Encoder, load_encoder
+from prime_jax.data.encode import load_encoder
 from prime_jax.data.grouping import conversation_labels
 from prime_jax.errors import DataError
 from prime_jax.evaluate import UNTRAINED
@@ -35,6 +36,7 @@ TEXT = "text"
 GENERAL = "general"
 SHOWN = ("P@5", "MRR@10")
 _QUERY_WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
+_SHARES = (0.25, 0.5, 0.75, 1.0)
 
 
 class Candidate(NamedTuple):
@@ -127,8 +129,8 @@ def compare_untrained(
     }
     impossible: dict[str, str] = {}
     if isinstance(encoder, BertTextEncoder) and source.context_from == "data":
-        makers[TEXT] = lambda: _reading(TEXT, _reader(TEXT, 0.0, encoder, source, max_turns))
-        makers[GENERAL] = lambda: _reading(GENERAL, _reader(GENERAL, 0.0, encoder, source, max_turns))
+        makers[TEXT] = lambda: _text(encoder, source, max_turns)
+        makers[GENERAL] = lambda: _general(encoder, max_turns)
     else:
         why = "the encoder's weights are not at hand, or turns are not those of the data"
         impossible |= dict.fromkeys((TEXT, GENERAL), why)
@@ -166,8 +168,14 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
     """A candidate as a model, the folder that its tokenizer lies in where it reads text, and its licence."""
     data, settings = compared.data, candidate.settings
     if candidate.name in (TEXT, GENERAL):
-        weight = float(settings["query_weight"])
-        predictor = _reader(candidate.name, weight, data.encoder, data.source, compared.max_turns)
+        weight, turns = float(settings["query_weight"]), compared.max_turns
+        if candidate.name == TEXT:
+            predictor = untrained(encoder=data.encoder, max_turns=turns, weight=weight)
+        else:
+            share = float(settings["share"])
+            predictor = load_adapter(
+                adapter.GENERAL, data.encoder, query_weight=weight, max_turns=turns, share=share
+            )
         info = predictor.info()
         own: dict[str, Any] = {name: info[name] for name in ("licence", "attribution") if name in info}
         return predictor.model, Path(info["source"]), own
@@ -190,21 +198,41 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
     return model, None, {}
 
 
-def _reader(name: str, weight: float, encoder: Encoder, source: DataConfig, max_turns: int) -> Predictor:
-    """What reads texts, untrained or the general one; `weight` is that of the query's own embedding."""
-    if name == GENERAL:
-        return load_adapter(adapter.GENERAL, encoder, query_weight=weight, max_turns=max_turns)
-    return untrained(encoder=encoder, weight=weight, max_turns=max_turns, query_prefix=source.query_prefix)
-
-
-def _reading(name: str, reader: Predictor) -> Baseline:
-    """The embedding of query and turns read as one text, plus a weight times the query's."""
+def _text(encoder: BertTextEncoder, source: DataConfig, max_turns: int) -> Baseline:
+    """The encoder's embedding of query and turns read as one text, plus a weight times the query's."""
+    reader = untrained(encoder=encoder, weight=0.0, max_turns=max_turns, query_prefix=source.query_prefix)
 
     def prepare(split: Split) -> Callable[[Settings], ndarray]:
-        assert split.context_texts is not None
-        assert split.query_texts is not None
-        whole = reader.predict_text(split.context_texts, split.query_texts)
-        alone = reader.predict_text([[]] * len(split.query_texts), split.query_texts)
+        whole, alone = _read(reader, split)
         return lambda settings: unit(whole + settings["query_weight"] * alone)
 
-    return Baseline(name, [{"query_weight": weight} for weight in _QUERY_WEIGHTS], prepare)
+    return Baseline(TEXT, [{"query_weight": weight} for weight in _QUERY_WEIGHTS], prepare)
+
+
+def _general(encoder: BertTextEncoder, max_turns: int) -> Baseline:
+    """The same by the predictor of the package, with a share of what it learned."""
+
+    def prepare(split: Split) -> Callable[[Settings], ndarray]:
+        @cache
+        def read(share: float) -> tuple[ndarray, ndarray]:
+            reader = load_adapter(
+                adapter.GENERAL, encoder, query_weight=0.0, max_turns=max_turns, share=share
+            )
+            return _read(reader, split)
+
+        def vectors(settings: Settings) -> ndarray:
+            whole, alone = read(settings["share"])
+            return unit(whole + settings["query_weight"] * alone)
+
+        return vectors
+
+    grid = [{"share": share, "query_weight": weight} for share in _SHARES for weight in _QUERY_WEIGHTS]
+    return Baseline(GENERAL, grid, prepare)
+
+
+def _read(reader: Predictor, split: Split) -> tuple[ndarray, ndarray]:
+    """Query and turns as one text, and the query alone."""
+    assert split.context_texts is not None
+    assert split.query_texts is not None
+    whole = reader.predict_text(split.context_texts, split.query_texts)
+    return whole, reader.predict_text([[]] * len(split.query_texts), split.query_texts)

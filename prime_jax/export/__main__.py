@@ -80,6 +80,9 @@ def _parser() -> ArgumentParser:
         "--attribution", metavar="TEXT", help="what an --adapter was trained on, and whose that is"
     )
     parser.add_argument(
+        "--share", type=float, metavar="X", help="of an --adapter that is added unless told otherwise, 0 to 1"
+    )
+    parser.add_argument(
         "--triton", type=user_path, metavar="DIR", help="also write a Triton model repository"
     )
     return parser
@@ -139,7 +142,7 @@ def _export(given: Namespace) -> dict[str, Any]:
         )
         if given.adapter is not None:
             said = {"licence": given.licence, "attribution": given.attribution}
-            write_adapter_of(predictor, given.adapter, said)
+            write_adapter_of(predictor, given.adapter, said, share=given.share)
     if given.triton is not None:
         write_repository(given.out, given.triton)
     return parity

@@ -94,8 +94,13 @@ def check_adapter_of(predictor: Predictor) -> None:
         raise ExportError("--adapter: the run was trained without train.lora_rank")
 
 
-def write_adapter_of(predictor: Predictor, file: Path, said: Mapping[str, str | None]) -> None:
-    """What a run adds to its encoder, as a file, with what is said of it (`licence`, `attribution`)."""
+def write_adapter_of(
+    predictor: Predictor, file: Path, said: Mapping[str, str | None], *, share: float | None = None
+) -> None:
+    """What a run adds to its encoder, as a file, with what is said of it (`licence`, `attribution`).
+
+    `share` is how much of it is added unless told otherwise.
+    """
     check_adapter_of(predictor)
     config, info = predictor.config, predictor.info()
     assert config is not None
@@ -104,6 +109,7 @@ def write_adapter_of(predictor: Predictor, file: Path, said: Mapping[str, str | 
     for name, text in said.items():  # beside those of what it started from
         words = dict.fromkeys(word for word in (text, info.get(name)) if word)
         facts |= {name: "; ".join(words)} if words else {}
+    facts |= {} if share is None else {"share": share}
     model: Any = predictor.model
     encoder: Any = encoder_of(predictor)  # the run started from it, so its weights are at hand
     rank = config.train.lora_rank + int(info.get("start", {}).get("rank", 0))

@@ -39,9 +39,12 @@ def check_source(given: Namespace) -> None:
     if given.like is not None and source != "torch":
         raise ExportError("--like goes with --torch; a run knows its own config")
     if given.adapter is None:
-        if given.attribution is not None:
-            raise ExportError("--attribution goes with --adapter, whose file says it")
+        for name in ("attribution", "share"):
+            if getattr(given, name) is not None:
+                raise ExportError(f"--{name} goes with --adapter, whose file says it")
         return
+    if given.share is not None and not 0 < given.share <= 1:
+        raise ExportError(f"--share must be above 0 and at most 1, not {given.share}")
     if source != "run" or given.adapter.suffix != ".safetensors":
         raise ExportError("--adapter FILE.safetensors goes with --run")
     if given.adapter.resolve().is_relative_to(given.out):

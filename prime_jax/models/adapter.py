@@ -30,6 +30,7 @@ _FACTS = {
     "licence": str,
     "attribution": str,
     "metrics": dict,
+    "share": float,
 }
 """What a file may say beside its format, its encoder and its model."""
 
@@ -56,22 +57,30 @@ def read_facts(file: Path) -> dict[str, Any]:
     for name, kind in _FACTS.items():
         if name in told and not isinstance(told[name], kind):
             raise CheckpointError(f"{file}: its {name} is {told[name]!r}")
+    if not 0 < told.get("share", 1.0) <= 1:
+        raise CheckpointError(f"{file}: its share is {told['share']!r}, not above 0 and at most 1")
     if not all(isinstance(value, float | int) for value in told.get("metrics", {}).values()):
         raise CheckpointError(f"{file}: its metrics are {told['metrics']!r}, not numbers")
     return {name: told[name] for name in ("encoder", "model", *_FACTS) if name in told}
 
 
-def with_adapter(params: Any, file: Path) -> Any:
+def with_adapter(params: Any, file: Path, share: float) -> Any:
     """Parameters of a text predictor with an adapter's updates.
 
     Args:
         params: Those of the encoder it belongs to, nested dicts (`starting_params`).
         file: The adapter.
+        share: How much of the updates is added, 0 to 1. Less than all is worth less on the conversations that
+            it was trained on, and does less harm on others (WiSE-FT, arXiv 2109.01903).
 
     Raises:
         CheckpointError: If the file is damaged, or a tensor has no place in these parameters.
     """
-    return _added(params, read_tensors(file), file)
+    tensors = read_tensors(file)
+    for name in [name for name in tensors if name.endswith("/a") or name == "roles"]:
+        if tensors[name].dtype == FLOAT32:  # anything else is refused below
+            tensors[name] = tensors[name] * np.float32(share)
+    return _added(params, tensors, file)
 
 
 def adapter_rank(file: Path) -> int:

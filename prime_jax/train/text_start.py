@@ -142,7 +142,7 @@ def text_start(
     _compare(told["model"], model, config.train.start)
     facts: dict[str, Any] = {name: told[name] for name in ("licence", "attribution") if name in told}
     facts["start"] = {"sha256": sha256(adapter), "rank": adapter_rank(adapter)}
-    return data, TextStart(with_adapter(params, adapter), file, facts)
+    return data, TextStart(with_adapter(params, adapter, told.get("share", 1.0)), file, facts)
 
 
 def _compare(before: Mapping[str, Any], model: TextConfig, start: str) -> None:
