@@ -77,4 +77,5 @@ def test_wheel_holds_the_library_and_nothing_else(tmp_path: Path) -> None:
     described = {name for name in names if name.startswith(f"prime_jax-{__version__}.dist-info/")}
     sources = {str(path.relative_to(REPO)) for path in (REPO / "prime_jax").rglob("*.py")}
     assert wheel.name == f"prime_jax-{__version__}-py3-none-any.whl"
-    assert names - described == {*sources, "prime_jax/py.typed"}
+    weights = {f"prime_jax/models/general.{ending}" for ending in ("safetensors", "txt")}
+    assert names - described == {*sources, *weights, "prime_jax/py.typed"}
