@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import fakes
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny_bert
+from flax import nnx
 
 import prime_jax
 from benchmarks import first_day
 from prime_jax.config import DataConfig
+from prime_jax.data.conversations import TOKENIZER, ConversationTokenizer
 from prime_jax.errors import ConfigError, DataError
 from prime_jax.evaluate import UNTRAINED
 from prime_jax.evaluate.arrays import Corpus, retrieve
@@ -220,6 +224,23 @@ def test_options_that_contradict_each_other_are_refused(
     assert export([*told, "--out", str(tmp_path / "bundle")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_query_read_by_itself_is_the_query_in_its_sequence(folder: Path) -> None:
+    """One pass for all and one for the query, each at its length, give what the model's own forward gives."""
+    reader = prime_jax.untrained(encoder=str(folder), weight=0.7, max_turns=3)
+    graph, state = nnx.split(reader.model)
+    model: Any = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+    tokenizer = ConversationTokenizer.of_model(model.config, Path(reader.info()["source"]) / TOKENIZER)
+    turns = [TURNS, [], TURNS[:1], TURNS, ["the dog ran " * 30, "a bird"]]
+    queries = [QUERY, QUERY, "the cat " * 60, "", "the cat sat"]  # the third fills the sequence by itself
+    sequences = tokenizer(turns, queries)
+    tokens = sequences.padded(np.arange(len(queries)), model.config.max_tokens)
+    mask = np.arange(model.config.max_tokens) < sequences.lengths[:, None]
+    expected = np.asarray(model(jnp.asarray(tokens), jnp.asarray(mask)))
+    np.testing.assert_allclose(reader.predict_text(turns, queries), expected, atol=2e-6)
+    for some, query, vector in zip(turns, queries, expected, strict=True):
+        np.testing.assert_allclose(reader.predict_text(some, query), vector, atol=2e-6)
 
 
 def test_costs_are_measured_beside_the_query(folder: Path, words: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Predictions of a model that reads text: query and turns in one sequence, one pass of its encoder.
 
 A single request is padded to one of a few lengths; many are packed. For each shape that occurs a program is
-compiled.
+compiled. Where the query's own embedding is added (`model.query_weight`) it is read by itself.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from prime_jax.data.conversations import TOKENIZER, ConversationTokenizer
-from prime_jax.data.sequences import packed_into
+from prime_jax.data.sequences import Sequences, packed_into
 from prime_jax.errors import ConfigError
 from prime_jax.models.text import TextPredictor
 from prime_jax.pretrained.bert import BUCKETS, TOKENS_PER_BATCH, TOKENS_PER_BATCH_ELSEWHERE
+from prime_jax.retrieval.vectors import unit
+from prime_jax.train.text_start import started_model
 from prime_jax.types import Conversations
 
 if TYPE_CHECKING:
@@ -45,8 +47,9 @@ class ReadingPath:
         self._prefix = predictor.query_prefix
         most = model.config.max_tokens
         self._widths = (*(size for size in BUCKETS if size < most), most)
-        graph, params = nnx.split(model)
-        self._params = nnx.to_pure_dict(params)
+        self._params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        plain = started_model(model.config.model_copy(update={"query_weight": 0.0}), self._params)
+        graph = nnx.graphdef(plain)
 
         def one(params: Any, tokens: Array, mask: Array) -> Array:
             answer: Array = nnx.merge(graph, params)(tokens, mask)
@@ -67,15 +70,25 @@ class ReadingPath:
         """Predictions for checked requests: turns, oldest first, and a query each."""
         if not queries:
             return np.zeros((0, self._config.output_dim), np.float32)
-        sequences = self.tokenizer(contexts, [self._prefix + query for query in queries])
+        queries, weight = [self._prefix + query for query in queries], self._config.query_weight
+        whole = self._read(self.tokenizer(contexts, queries))
+        if not weight or not any(contexts):
+            return whole
+        alone = self._read(self.tokenizer([()] * len(queries), queries))
+        found: Float[np.ndarray, "B E"] = unit(whole + np.float32(weight) * alone)
+        return found
+
+    def _read(self, sequences: Sequences) -> Float[np.ndarray, "B E"]:
+        """The embedding of each sequence, nothing added."""
+        count = len(sequences.lengths)
         longest = int(sequences.lengths.max())
         width = next(size for size in self._widths if size >= longest)
-        if len(queries) == 1:
+        if count == 1:
             tokens = sequences.padded(np.zeros(1, np.int64), width)
             return np.asarray(self._one(self._params, tokens, np.arange(width)[None] < longest))
         budget = TOKENS_PER_BATCH.get(jax.default_backend(), TOKENS_PER_BATCH_ELSEWHERE)
         rows = max(1, budget // width)
-        whole = packed_into(sequences, np.arange(len(queries)), width=width, multiple=rows)
+        whole = packed_into(sequences, np.arange(count), width=width, multiple=rows)
         nothing = np.zeros(rows, np.int32)
         parts = []
         for start in range(0, len(whole.tokens), rows):
