@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
@@ -47,7 +48,8 @@ class ReadingPath:
         self._prefix = predictor.query_prefix
         most = model.config.max_tokens
         self._widths = (*(size for size in BUCKETS if size < most), most)
-        self._params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        # On the device once: numpy arrays would be copied there for every question.
+        self._params = jax.tree.map(jnp.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
         plain = started_model(model.config.model_copy(update={"query_weight": 0.0}), self._params)
         graph = nnx.graphdef(plain)
 
