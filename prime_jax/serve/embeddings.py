@@ -83,7 +83,7 @@ def embedding_door(predictor: Predictor, settings: ServeSettings, metrics: Metri
         check_norms("context_embeddings", context, zero=True)  # as `predict` does, by the names of the body
         check_norms("query_embedding", query)
         vector = await in_time(request, batcher.predict_async(context, query), settings.timeout_s)
-        return as_json(_judged(predictor, context, query, vector, guard, body.encoding))
+        return as_json(_guarded_output(predictor, context, query, vector, guard, body.encoding))
 
     return Door(routes, {"guard": guard, "predictions_used": used}, batcher.close)
 
@@ -156,7 +156,9 @@ def _session_routes(
         def work(session: Any) -> PredictorOutput:
             vector = session.predict(body.query_embedding)
             (context,), (mask,) = session.window()
-            return _judged(predictor, context[mask], body.query_embedding, vector, guard, body.encoding)
+            return _guarded_output(
+                predictor, context[mask], body.query_embedding, vector, guard, body.encoding
+            )
 
         return as_json(await use(request, name, work))
 
@@ -181,7 +183,7 @@ def _session_routes(
     return routes
 
 
-def _judged(
+def _guarded_output(
     predictor: Predictor,
     context: np.ndarray,
     query: np.ndarray,

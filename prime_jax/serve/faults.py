@@ -48,7 +48,7 @@ def answer_errors(app: FastAPI) -> None:
             return fault(415, "send the body with the header 'Content-Type: application/json'")
         if any(one["type"] == "json_invalid" for one in faults):
             return fault(400, _NO_JSON)
-        return fault(422, "; ".join(_told(one) for one in faults[:5]))
+        return fault(422, "; ".join(_describe(one) for one in faults[:5]))
 
     async def refused(_: Request, error: Exception) -> Response:
         if isinstance(error, WrongAnswerError):
@@ -71,7 +71,7 @@ def answer_errors(app: FastAPI) -> None:
     app.add_exception_handler(ClientGoneError, gone)
 
 
-def _told(fault: Any) -> str:
+def _describe(fault: Any) -> str:
     """One fault of a body in plain words, without repeating what was sent but the start of a field's name."""
     where = ".".join(str(part) for part in fault["loc"] if part != "body")[:60]
     return f"{where or 'body'}: {fault['msg'].removeprefix('Value error, ')}"
