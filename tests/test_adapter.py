@@ -202,6 +202,8 @@ def test_files_that_do_not_fit_are_refused(file: Path, folder: Path, tmp_path: P
     name = next(name for name in tensors if name.endswith("/a"))
     refused("not an adapter of the format", {**told, "format": "prime-jax adapter 9"})
     refused("does not describe a model", {**told, "model": {"kind": "text", "max_tokens": 3}})
+    refused("does not describe a model", {**told, "model": None})
+    refused("not the encoder that it belongs to", {**told, "encoder": 5})
     refused("its share is 2.0", {**told, "share": 2.0})
     refused("its query_prefix is 5", {**told, "query_prefix": 5})
     refused("its metrics are", {**told, "metrics": {"MRR@10": "high"}})

@@ -54,6 +54,8 @@ def read_facts(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: not an adapter ({broken})") from None
     if not isinstance(told, dict) or told.get("format") != FORMAT:
         raise CheckpointError(f"{file}: not an adapter of the format {FORMAT!r}")
+    if not isinstance(told.get("model"), dict) or not isinstance(told.get("encoder"), str):
+        raise CheckpointError(f"{file}: does not describe a model, or not the encoder that it belongs to")
     for name, kind in _FACTS.items():
         if name in told and not isinstance(told[name], kind):
             raise CheckpointError(f"{file}: its {name} is {told[name]!r}")

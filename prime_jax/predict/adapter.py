@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from prime_jax.data.encode import Encoder, load_encoder
 from prime_jax.errors import CheckpointError, ConfigError, first_fault
 from prime_jax.files import user_path
-from prime_jax.models.adapter import GENERAL, read_facts, with_adapter
+from prime_jax.models.adapter import GENERAL, with_adapter
 from prime_jax.models.text import TextConfig
 from prime_jax.predict.predictor import Predictor
 from prime_jax.pretrained.bert import BertTextEncoder
@@ -57,16 +57,14 @@ def load_adapter(
         ConfigError: If there is no such encoder, or what is given is out of bounds.
     """
     file = user_path(str(file))
-    told = read_facts(file)
     found = load_encoder(encoder) if isinstance(encoder, str) else encoder
     if not isinstance(found, BertTextEncoder):
         raise ConfigError(f"{file}: the weights of the encoder {found.identity} are not at hand")
-    check_encoder(file, found)
+    told = check_encoder(file, found)
     try:
         described = TextConfig(**told["model"])
-    except (ValidationError, KeyError, TypeError) as unfit:
-        words = first_fault(unfit) if isinstance(unfit, ValidationError) else str(unfit)
-        raise CheckpointError(f"{file}: does not describe a model ({words})") from None
+    except ValidationError as unfit:
+        raise CheckpointError(f"{file}: does not describe a model ({first_fault(unfit)})") from None
     said = {"query_weight": query_weight, "max_context_length": max_turns}
     given: dict[str, Any] = {name: value for name, value in said.items() if value is not None}
     try:
