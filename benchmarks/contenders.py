@@ -101,6 +101,9 @@ def _predict(precision: Any, folder: Path, batches: tuple[int, ...], wait: Wait)
 def bare_call(predictor: Any, inputs: tuple[np.ndarray, np.ndarray]) -> Callable[[], Any]:
     """A call of the predictor's own program for such a batch, its packed input on the device already.
 
+    On a GPU the program fetches its input and delivers its answer itself, so there it is compiled once more
+    without that.
+
     Args:
         predictor: A `Predictor`.
         inputs: Turns `[B, N, D]`, all of them real, and queries `[B, D]`.
@@ -110,8 +113,11 @@ def bare_call(predictor: Any, inputs: tuple[np.ndarray, np.ndarray]) -> Callable
     """
     import jax
 
-    program = predictor._programs.fixed(len(inputs[1]))
-    packed = program.packing.buffer()
+    programs = predictor._programs
+    size = programs.fixed(len(inputs[1])).packing.batch
+    key = (size, predictor.model.config.max_context_length, programs.choice(size).recipe)
+    program = programs._traced(key, page_locked=False)()
+    packed = program._staging.buffer(program.packing.shape).view
     program.packing.pack(packed, *inputs, np.ones(inputs[0].shape[:2], bool))
     arguments = (jax.device_put(packed), *program._weights)
     return lambda: program._run(*arguments)

@@ -11,6 +11,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from prime_jax.files import write_json
 
 ROOT = Path(__file__).parents[1]
 ON_CPU = "PRIME_JAX_GPU_TESTS"
+MOST_AT_ONCE = 4
 
 
 class Record:
@@ -58,6 +60,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.tiny:
         os.environ[ON_CPU] = "cpu"
     few = ["-k", "not full and not prefix"] if given.tiny else []
+    at_once = min(MOST_AT_ONCE, (os.cpu_count() or 1) // 4)
+    if at_once > 1 and find_spec("xdist") is not None:  # most of the time goes to compiling
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+        few += ["-n", str(at_once)]
     options = ["-m", "gpu", *few, "-p", "no:cacheprovider", "--rootdir", str(ROOT)]
     return int(pytest.main([*options, str(ROOT / "tests" / "test_gpu.py")], plugins=[Record(given.out)]))
 

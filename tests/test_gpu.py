@@ -18,7 +18,8 @@ from flax import nnx
 
 from prime_jax.losses.objective import Objective
 from prime_jax.models.prime import EmbeddingPredictor, PredictorConfig
-from prime_jax.predict.passes import forward_pass
+from prime_jax.nn import attention
+from prime_jax.nn.attention import attend
 from prime_jax.predict.predictor import Predictor
 from prime_jax.retrieval.topk import search
 from prime_jax.train import memory
@@ -106,6 +107,8 @@ def test_predicting_on_the_gpu_in_every_precision(
     half = Predictor.from_model(model, precision="bfloat16", batch_sizes=())
     assert (half.predict(context, query) * expected).sum(axis=-1).min() > 0.999
     assert half.info()["precision"][ROWS]["dtype"] == "bfloat16"
+    if mode == "full":
+        np.testing.assert_allclose(exact.predict(context[:1], query[:1]), expected[:1], atol=1e-4)
     session = exact.session(ROWS)
     for turn in range(TURNS):
         session.append(context[:, turn])
@@ -113,21 +116,24 @@ def test_predicting_on_the_gpu_in_every_precision(
     np.testing.assert_allclose(answer, expected, atol=1e-4)
 
 
-def test_fused_attention_equals_the_plain_one(
-    device: jax.Device, weights: Any, vectors: tuple[np.ndarray, ...]
+def test_all_heads_in_one_product_equal_each_head_by_itself(
+    vectors: tuple[np.ndarray, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """cuDNN's kernel in bfloat16 beside plain products in bfloat16; padded turns are seen by neither."""
-    context, query, _ = vectors
-    mask = np.arange(TURNS) < (np.arange(ROWS) % (TURNS + 1))[:, None]
-    passes = forward_pass(predictor_with(weights, "causal"))
-    laid_out = passes.lay_out("bfloat16")
-    fused = "cudnn" if device.platform == "gpu" else "float32"  # a CPU has no fused kernel
-    plain, other = (
-        np.asarray(jax.jit(passes.program(attention, "bfloat16"))(laid_out, context, query, mask))
-        for attention in ("bfloat16", fused)
-    )
-    assert (plain * other).sum(axis=-1).min() > 0.9999
-    np.testing.assert_allclose(plain, other, atol=5e-3)
+    """Attention in bfloat16, forward and backward; padded turns are seen by neither."""
+    heads = jnp.asarray(np.random.default_rng(0).normal(size=(3, ROWS, TURNS, 2, 64)).astype(np.float32))
+    mask = jnp.asarray((np.arange(TURNS) < 1 + (np.arange(ROWS) % TURNS)[:, None])[:, None])
+
+    def summed(heads: jax.Array) -> jax.Array:
+        mixed = attend(*heads, jnp.broadcast_to(mask, (ROWS, TURNS, TURNS)), jnp.bfloat16)
+        return jnp.sum(jnp.sin(3 * mixed)), mixed  # type: ignore[return-value]
+
+    found = []
+    for joined in (False, True):
+        monkeypatch.setattr(attention, "on_gpu", lambda joined=joined: joined)
+        found.append(jax.jit(jax.value_and_grad(summed, has_aux=True))(heads))
+    ((_, plain), slope), ((_, together), other_slope) = found
+    np.testing.assert_allclose(plain, together, atol=2e-2)
+    np.testing.assert_allclose(slope, other_slope, atol=5e-2)
 
 
 def test_gradients_of_a_step_in_bfloat16_point_where_those_in_float32_do(

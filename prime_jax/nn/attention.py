@@ -6,9 +6,11 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
+from prime_jax.devices import on_gpu
 from prime_jax.nn.linear import Linear, affine, dropped_out, einsum_accumulate_f32, keep_mask
 from prime_jax.nn.remat import keeping_inputs
 
+JOINED_UP_TO = 512  # tokens times heads
 MASKED = -1e30  # finite, so that a row that sees nothing stays a number
 
 
@@ -33,16 +35,59 @@ def attend(
         rate: Dropout of the attention weights.
         key: Dropout key; None means no dropout.
     """
-    logits = einsum_accumulate_f32("bqhd,bkhd->bhqk", queries, keys, dtype)
+    if jnp.dtype(dtype) != jnp.float32:  # as the products would; their gradients travel rounded as well
+        queries, keys, values = (part.astype(dtype) for part in (queries, keys, values))
+    joined = _heads_joined(queries, keys, dtype)
+    logits = (_logits_joined if joined else _logits)(queries, keys, dtype)
     scale = jnp.sqrt(jnp.float32(queries.shape[-1]))
 
     def normalise(logits: Array, mask: Array, kept: Array | None) -> Array:
         weights = jax.nn.softmax(jnp.where(mask[:, None], logits / scale, MASKED), axis=-1)
         return dropped_out(weights, rate, kept)
 
-    weights = keeping_inputs(normalise, dtype)(logits, mask, keep_mask(logits.shape, rate, key))
-    mixed = einsum_accumulate_f32("bhqk,bkhd->bqhd", weights, values, dtype, dtype)
+    kept = keep_mask(logits.shape, rate, key)
+    weights = keeping_inputs(normalise, dtype, rounded=True)(logits, mask, kept)
+    mixed = (_mixed_joined if joined else _mixed)(weights, values, dtype)
     return mixed.reshape(*mixed.shape[:2], -1).astype(jnp.float32)
+
+
+def _logits(queries: Array, keys: Array, dtype: DTypeLike) -> Float[Array, "B heads R S"]:
+    return einsum_accumulate_f32("bqhd,bkhd->bhqk", queries, keys, dtype)
+
+
+def _mixed(weights: Array, values: Array, dtype: DTypeLike) -> Float[Array, "B R heads head_dim"]:
+    return einsum_accumulate_f32("bhqk,bkhd->bqhd", weights, values, dtype, dtype)
+
+
+def _heads_joined(queries: Array, keys: Array, dtype: DTypeLike) -> bool:
+    """Whether every token and head asks every token and head, and what other heads answered is dropped.
+
+    So many more products for a few tokens, but each batch row is one product of matrices that lie in memory
+    as they are. A GPU would turn and copy queries, keys and values otherwise, which takes longer.
+    """
+    few = keys.shape[1] * keys.shape[2] <= JOINED_UP_TO
+    return on_gpu() and few and queries.shape[1] > 1 and jnp.dtype(dtype) != jnp.float32
+
+
+def _logits_joined(queries: Array, keys: Array, dtype: DTypeLike) -> Float[Array, "B heads R S"]:
+    """`_logits` by one product of `[B, R heads, head_dim]` and `[B, S heads, head_dim]`."""
+    batch, rows, heads, width = queries.shape
+    asking, asked = queries.reshape(batch, -1, width), keys.reshape(batch, -1, width)
+    every = einsum_accumulate_f32("bim,bjm->bij", asking, asked, dtype)
+    every = every.reshape(batch, rows, heads, keys.shape[1], heads)
+    own = jnp.eye(heads, dtype=bool)[:, None]
+    return jnp.where(own, every, 0.0).sum(axis=4).transpose(0, 2, 1, 3)
+
+
+def _mixed_joined(weights: Array, values: Array, dtype: DTypeLike) -> Float[Array, "B R heads head_dim"]:
+    """`_mixed` by one product with weights `[B, R heads, S heads]` that are zero between heads."""
+    batch, heads, rows, tokens = weights.shape
+    own = jnp.eye(heads, dtype=bool)[:, None]
+    every = jnp.where(own, weights.transpose(0, 2, 1, 3)[..., None], 0)
+    every = every.reshape(batch, rows * heads, tokens * heads)
+    answered = values.reshape(batch, tokens * heads, -1)
+    mixed = einsum_accumulate_f32("bij,bjm->bim", every, answered, dtype, dtype)
+    return mixed.reshape(batch, rows, heads, -1)
 
 
 def split_heads(x: Float[Array, "B S H"], num_heads: int) -> Float[Array, "B S heads head_dim"]:

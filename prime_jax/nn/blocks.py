@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Key
 
 from prime_jax.nn.attention import SelfAttention
-from prime_jax.nn.linear import Linear, dropout, dropped_out, keep_mask
+from prime_jax.nn.linear import Linear, dropout, dropped_out, gelu, keep_mask
 from prime_jax.nn.remat import keeping_inputs
 
 NORM_EPSILON = 1e-5  # torch's default, so that exported weights mean the same there
@@ -56,10 +56,10 @@ class PredictorTransformerBlock(nnx.Module):
         """
         keys = jax.random.split(key, 3) if key is not None else (None, None, None)
         residual = x if rows is None else x[:, :rows]
-        normed = keeping_inputs(self.norm1, self.dtype)(x)
+        normed = keeping_inputs(self.norm1, self.dtype, rounded=True)(x)
         residual = residual + self.attention(normed, mask, rows=rows, key=keys[0])
-        expanded = self.mlp_in.product(keeping_inputs(self.norm2, self.dtype)(residual))
-        inner = keeping_inputs(self._activate, self.dtype)(
+        expanded = self.mlp_in.product(keeping_inputs(self.norm2, self.dtype, rounded=True)(residual))
+        inner = keeping_inputs(self._activate, self.dtype, rounded=True)(
             expanded, self.mlp_in.bias[...], keep_mask(expanded.shape, self.rate, keys[1])
         )
         return residual + dropout(self.mlp_out(inner), self.rate, keys[2])
@@ -68,4 +68,4 @@ class PredictorTransformerBlock(nnx.Module):
         self, x: Float[Array, "B R I"], bias: Float[Array, " I"], mask: Bool[Array, "B R I"] | None
     ) -> Float[Array, "B R I"]:
         """Exact GELU of `x + bias`, and dropout; in float32."""
-        return dropped_out(jax.nn.gelu(x.astype(jnp.float32) + bias, approximate=False), self.rate, mask)
+        return dropped_out(gelu(x.astype(jnp.float32) + bias, self.dtype), self.rate, mask)

@@ -118,7 +118,7 @@ class LlamaBlock(nnx.Module):
         keys = jax.random.split(key, 2) if key is not None else (None, None)
         residual = x if rows is None else x[:, :rows]
         asking = Rotation(*(part[:, :rows] for part in rotation))
-        normed = keeping_inputs(self.norm1, self.dtype)(x)
+        normed = keeping_inputs(self.norm1, self.dtype, rounded=True)(x)
         queries = rotate(split_heads(self.q_proj(normed[:, :rows]), self.num_heads), asking)
         asked = rotate(split_heads(self.k_proj(normed), self.num_kv_heads), rotation)
         values = split_heads(self.v_proj(normed), self.num_kv_heads)
@@ -132,8 +132,8 @@ class LlamaBlock(nnx.Module):
             key=keys[0],
         )
         residual = residual + self.o_proj(mixed)
-        normed = keeping_inputs(self.norm2, self.dtype)(residual)
-        inner = keeping_inputs(_swiglu, self.dtype)(
+        normed = keeping_inputs(self.norm2, self.dtype, rounded=True)(residual)
+        inner = keeping_inputs(_swiglu, self.dtype, rounded=True)(
             self.gate_proj.product(normed), self.up_proj.product(normed)
         )
         return residual + dropout(self.down_proj(inner), self.rate, keys[1])

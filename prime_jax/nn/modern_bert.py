@@ -155,7 +155,7 @@ class ModernBertLayer(nnx.Module):
         With a key, `rate` of what attention and MLP add is dropped.
         """
         first, second = (None, None) if key is None else jax.random.split(key)
-        normed = x if self.first else keeping_inputs(self.attention_norm, self.dtype)(x)
+        normed = x if self.first else keeping_inputs(self.attention_norm, self.dtype, rounded=True)(x)
         parts = (split_heads(part, self.num_heads) for part in jnp.split(self.qkv(normed), 3, axis=-1))
         queries, keys, values = parts
         queries, keys = rotate(queries, rotation), rotate(keys, rotation)
@@ -164,8 +164,10 @@ class ModernBertLayer(nnx.Module):
         else:
             mixed = attend(queries, keys, values, mask, self.dtype)
         x = x + dropout(self.attention_out(mixed), rate, first)
-        product = self.mlp_in.product(keeping_inputs(self.mlp_norm, self.dtype)(x))
-        return x + dropout(self.mlp_out(keeping_inputs(_geglu, self.dtype)(product)), rate, second)
+        product = self.mlp_in.product(keeping_inputs(self.mlp_norm, self.dtype, rounded=True)(x))
+        return x + dropout(
+            self.mlp_out(keeping_inputs(_geglu, self.dtype, rounded=True)(product)), rate, second
+        )
 
 
 def _geglu(product: Float[Array, "B S I"]) -> Float[Array, "B S J"]:

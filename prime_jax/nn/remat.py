@@ -23,10 +23,20 @@ def rematerialised(block: Callable[..., Any], policy: Remat) -> Callable[..., An
     return jax.checkpoint(block)
 
 
-def keeping_inputs(cheap: Callable[..., Any], dtype: DTypeLike) -> Callable[..., Any]:
+def keeping_inputs(
+    cheap: Callable[..., Any], dtype: DTypeLike, *, rounded: bool = False
+) -> Callable[..., Any]:
     """What lies between two products (a norm, an activation) for a model that computes in `dtype`.
 
     In bfloat16 the backward pass keeps the function's inputs alone and computes it anew: activations are
     written in float32 nowhere, and a GPU is bound by such traffic. float32 keeps what JAX keeps by itself.
+
+    Args:
+        cheap: The function; float32 out.
+        dtype: Compute dtype of the model.
+        rounded: Give the result in `dtype`, for a product that would round it first thing. Its gradient is
+            then handed on as the product's backward pass stores it, and not written again in float32.
     """
-    return cheap if jnp.dtype(dtype) == jnp.float32 else jax.checkpoint(cheap)
+    if jnp.dtype(dtype) == jnp.float32:
+        return cheap
+    return jax.checkpoint(lambda *given: cheap(*given).astype(dtype)) if rounded else jax.checkpoint(cheap)

@@ -25,6 +25,12 @@ GPU_OPTIONS: Mapping[str, Any] = {
 At batch 1 a prediction is dozens of kernels of a few microseconds each, and launching one takes as long. They
 go with our own programs only; XLA_FLAGS and the programs of others stay as they are.
 """
+MANY_ROWS = 1024
+LIBRARY_PRODUCTS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}
+"""Added on GPUs for products of at least `MANY_ROWS` rows: cuBLAS is at its best there, and XLA need not compile
+and time a hundred kernels of its own for each product. An H200 computes a batch of 256 as fast so, and its
+program is there in two thirds of the time; a batch of one takes a third longer."""
+OPTIONAL = (*GPU_OPTIONS, *LIBRARY_PRODUCTS)
 _LOG = logging.getLogger(__name__)
 
 
@@ -40,7 +46,12 @@ def compile_ahead(
 
 
 def trace_ahead(
-    function: Callable[..., Any], *arguments: Any, mode: str, donate: tuple[int, ...] = ()
+    function: Callable[..., Any],
+    *arguments: Any,
+    mode: str,
+    donate: tuple[int, ...] = (),
+    answers: Any = None,
+    rows: int = 0,
 ) -> Callable[[], Callable[..., Any]]:
     """The first half of `compile_ahead`, which gives the second, to be called in any thread.
 
@@ -52,11 +63,13 @@ def trace_ahead(
         arguments: Arrays, or `jax.ShapeDtypeStruct`s in their place.
         mode: How hard XLA works, a key of `COMPILER_OPTIONS`.
         donate: Positions of arguments whose memory the program may take over.
+        answers: Shardings of what the function gives, as for `jax.jit`; None leaves them to JAX.
+        rows: How many rows its products have, where that is known.
     """
-    lowered = jax.jit(function, donate_argnums=donate).lower(*arguments)
+    lowered = jax.jit(function, donate_argnums=donate, out_shardings=answers).lower(*arguments)
     options = dict(COMPILER_OPTIONS[mode])
     if mode != "default" and jax.default_backend() == "gpu":
-        options |= GPU_OPTIONS
+        options |= GPU_OPTIONS | (LIBRARY_PRODUCTS if rows >= MANY_ROWS else {})
 
     def finish() -> Callable[..., Any]:
         with caching_in(cache_folder()):
@@ -66,12 +79,12 @@ def trace_ahead(
 
 
 def _compile(lowered: Any, options: dict[str, Any]) -> Callable[..., Any]:
-    """Compile with those of `GPU_OPTIONS` that this version of XLA knows: they only make a program faster."""
+    """Compile with those options for GPUs that this version of XLA knows: they only make a program faster."""
     while True:
         try:
             program: Callable[..., Any] = lowered.compile(compiler_options=options or None)
         except Exception as refused:  # XLA names the option that it does not know
-            unknown = [name for name in options if name in GPU_OPTIONS and name in str(refused)]
+            unknown = [name for name in options if name in OPTIONAL and name in str(refused)]
             if not unknown:
                 raise
             _LOG.debug("this version of XLA does not take %s", ", ".join(unknown))

@@ -11,20 +11,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from prime_jax.devices import on_gpu
 from prime_jax.models.prime import PredictorConfig
 from prime_jax.models.residual import capped, mixed_turns
 from prime_jax.nn.attention import attend, split_heads
 from prime_jax.nn.blocks import NORM_EPSILON
-from prime_jax.nn.linear import unit
+from prime_jax.nn.linear import gelu, unit
 from prime_jax.nn.llama import rms_normalised, shared_heads
 from prime_jax.nn.masks import attention_mask, positions
 from prime_jax.nn.rotary import Rotation, rotate
 from prime_jax.predict.weights import Affine, Layer, Norm, Weights
 
-Attention = Literal["float32", "bfloat16", "cudnn"]
-"""How attention is computed: our products in a dtype, or cuDNN's fused kernel in bfloat16."""
+Attention = Literal["float32", "bfloat16"]
+"""The dtype of attention's two products."""
 
 CPU_ROWS = 12
+GPU_ROWS = 8
 
 
 class Cache(NamedTuple):
@@ -172,13 +174,16 @@ def affine(x: Float[Array, "*a I"], weights: Affine) -> Float[Array, "*a O"]:
     """`x @ kernel + bias`, float32 out; every product of a prediction goes through here.
 
     XLA:CPU's bfloat16 kernels take rows by the dozen: 64 rows cost more than 96 do, and one row goes through
-    a slow general path. So rows are padded to two, or to a multiple of twelve.
+    a slow general path. So rows are padded to two, or to a multiple of twelve. For GPUs XLA makes a sum
+    of the product of one row, which reads the matrix at a quarter of the rate of a product of several rows.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(weights.kernel.dtype)
     count = rows.shape[0]
     cpu_bfloat16 = weights.outputs_first and rows.dtype == jnp.bfloat16
     if cpu_bfloat16 and (count == 1 or count > CPU_ROWS):
         rows = jnp.pad(rows, ((0, 1 if count == 1 else -count % CPU_ROWS), (0, 0)))
+    if count == 1 and on_gpu():
+        rows = jnp.pad(rows, ((0, GPU_ROWS - 1), (0, 0)))
     multiplied: Array = jax.lax.dot_general(
         rows,
         weights.kernel,
@@ -237,13 +242,15 @@ def _layers(
         slots: Where the keys and values of the turns in `x` go.
 
     Returns:
-        [PRED]'s answer `[B, H]`, the turns as they enter the last layer `[B, T - 2, H]`, and `kept`, updated.
+        Rows of the last layer `[B, R, H]`, of which the first is [PRED]'s answer; the turns as they enter it,
+        `[B, T - 2, H]`; and `kept`, updated.
     """
     keys_kept, values_kept = [], []
     table = config.rotary()
     rotation = None if table is None else table.at(at)
     asking_width, asked_width = config.num_heads * config.head_size, config.kv_heads * config.head_size
     entering = x[:, 1:-1]
+    rows = -(-GPU_ROWS // x.shape[0]) if on_gpu() else 1  # of the last layer, of which [PRED]'s alone counts
     for index, layer in enumerate(weights.layers):
         entering = x[:, 1:-1]
         normed = _norm(x, layer.norm1, config.norm_eps)
@@ -256,8 +263,8 @@ def _layers(
         if layer.query is None:
             queries, inputs = jnp.split(inputs, (asking_width,), axis=-1)
         else:
-            queries, asking, seen = affine(normed[:, :1], layer.query), x[:, :1], mask[:, :1]
-            turned = None if rotation is None else Rotation(rotation.cos[:, :1], rotation.sin[:, :1])
+            queries, asking, seen = affine(normed[:, :rows], layer.query), x[:, :rows], mask[:, :rows]
+            turned = None if rotation is None else Rotation(rotation.cos[:, :rows], rotation.sin[:, :rows])
         keys, values = (
             split_heads(part, config.kv_heads) for part in jnp.split(inputs, (asked_width,), axis=-1)
         )
@@ -274,27 +281,19 @@ def _layers(
             keys = jnp.concatenate([keys[:, :1], held[0], keys[:, -1:]], axis=1)
             values = jnp.concatenate([values[:, :1], held[1], values[:, -1:]], axis=1)
         keys, values = (shared_heads(part, config.num_heads) for part in (keys, values))
-        mixed = _attend(queries, keys, values, seen, attention)
+        mixed = attend(queries, keys, values, seen, jnp.dtype(attention))
         x = _mlp(asking + affine(mixed, layer.out_proj), layer, config.norm_eps)
-    return x[:, 0], entering, tuple(keys_kept), tuple(values_kept)
+    return x, entering, tuple(keys_kept), tuple(values_kept)
 
 
 def _mlp(x: Float[Array, "B R H"], layer: Layer, epsilon: float) -> Float[Array, "B R H"]:
     normed = _norm(x, layer.norm2, epsilon)
     inner = affine(normed, layer.mlp_in)
     if layer.mlp_gate is None:
-        inner = jax.nn.gelu(inner, approximate=False)
+        inner = gelu(inner, layer.mlp_in.kernel.dtype)
     else:
         inner = jax.nn.silu(affine(normed, layer.mlp_gate)) * inner
     return x + affine(inner, layer.mlp_out)
-
-
-def _attend(queries: Array, keys: Array, values: Array, mask: Array, attention: Attention) -> Array:
-    if attention != "cudnn":
-        return attend(queries, keys, values, mask, jnp.dtype(attention))
-    q, k, v = (part.astype(jnp.bfloat16) for part in (queries, keys, values))
-    mixed: Array = jax.nn.dot_product_attention(q, k, v, mask=mask[:, None], implementation="cudnn")
-    return mixed.reshape(*mixed.shape[:2], -1).astype(jnp.float32)
 
 
 def _norm(x: Float[Array, "*a H"], norm: Norm, epsilon: float) -> Float[Array, "*a H"]:
@@ -336,19 +335,19 @@ def _content(weights: Weights, entering_last: Float[Array, "B P H"]) -> Float[Ar
 
 def _answer(
     weights: Weights,
-    pred: Float[Array, "B H"],
+    pred: Float[Array, "B R H"],
     query: Float[Array, "B D"],
     window: Float[Array, "B N D"] | None,
     held: Bool[Array, "B N"],
     content: Float[Array, "B N"] | None,
     config: PredictorConfig,
 ) -> Float[Array, "B E"]:
-    """[PRED]'s answer, projected, added to the residual and normalised."""
+    """[PRED]'s answer (the first row), projected, added to the residual and normalised."""
     delta = affine(_norm(pred, weights.norm, config.norm_eps), weights.output_proj)
     residual = weights.residual
     if residual is None:
-        return unit(delta)
-    base, delta = query, residual.gate * delta
+        return unit(delta)[:, 0]
+    base, delta = query, residual.gate * delta[:, 0]
     if residual.age is not None and content is not None and window is not None:
         mix = mixed_turns(window, held, residual.age, content)
         base = query + mix

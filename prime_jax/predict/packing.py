@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from prime_jax.predict.inputs import LARGEST_NORM, LEAST_NORM, Vectors
+from prime_jax.predict.staging import in_parts
 
-ALIGNED = 64  # bytes; what XLA asks for to read a numpy array in place on CPUs
 OFF_UNIT = 2e-3
 """How far the squared norm of an answer may be from 1."""
 SOUND, BAD_INPUT, BAD_ANSWER = 0.0, 1.0, 2.0
@@ -26,47 +26,28 @@ Unpacked = tuple[Float[Array, "B N D"], Float[Array, "B D"], Bool[Array, "B N"]]
 
 
 class Packing(NamedTuple):
-    """How requests of one shape lie in their buffer, `[batch, width]`.
+    """How requests of one shape lie in their buffer, float32, `[batch, width]`.
 
     Attributes:
         batch: Rows of the compiled program.
         turns: Turns N of a row.
         dim: Dimension D of an embedding.
-        round_context: Whether the turns are rounded to bfloat16 on the way into the buffer: right where the
-            program rounds them anyway, and half of what is copied.
-        round_query: The same for the query.
     """
 
     batch: int
     turns: int
     dim: int
-    round_context: bool = False
-    round_query: bool = False
-
-    @property
-    def words(self) -> bool:
-        """Whether the buffer is made of 16-bit words, two for a float32; else of float32."""
-        return self.round_context or self.round_query
 
     @property
     def ends(self) -> tuple[int, int, int]:
         """Where context, query and mask end in a row."""
-        wide = 2 if self.words else 1
-        context = self.turns * self.dim * (1 if self.round_context else wide)
-        query = context + self.dim * (1 if self.round_query else wide)
-        return context, query, query + self.turns
+        context = self.turns * self.dim
+        return context, context + self.dim, context + self.dim + self.turns
 
-    def shape(self) -> jax.ShapeDtypeStruct:
-        """What the program takes."""
-        return jax.ShapeDtypeStruct((self.batch, self.ends[-1]), jnp.uint16 if self.words else jnp.float32)
-
-    def buffer(self) -> np.ndarray:
-        """An empty buffer that XLA can read in place."""
-        shape = self.shape()
-        raw = np.zeros(int(np.prod(shape.shape)) * shape.dtype.itemsize + ALIGNED, np.uint8)
-        start = -raw.ctypes.data % ALIGNED
-        buffer: np.ndarray = raw[start : len(raw) - ALIGNED + start].view(shape.dtype).reshape(shape.shape)
-        return buffer
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Shape of the buffer."""
+        return self.batch, self.ends[-1]
 
     def pack(self, buffer: np.ndarray, context: Vectors, query: Vectors, mask: np.ndarray) -> None:
         """Write a request of up to `batch` rows and `turns` turns into a buffer.
@@ -75,39 +56,22 @@ class Packing(NamedTuple):
         """
         rows, turns = mask.shape
         context_end, query_end, mask_end = self.ends
-        at = (rows, turns, self.dim)
-        _write(buffer[:rows, :context_end], context.reshape(rows, turns * self.dim), self.round_context)
-        _write(buffer[:rows, context_end:query_end], query.reshape(at[::2]), self.round_query)
-        buffer[:rows, query_end : query_end + turns] = mask
-        buffer[:rows, query_end + turns : mask_end] = 0
+        flat = context.reshape(rows, turns * self.dim)
 
-    def unpack(self, packed: Array) -> Unpacked:
+        def write(part: slice) -> None:
+            buffer[part, : flat.shape[1]] = flat[part]
+            buffer[part, context_end:query_end] = query[part]
+            buffer[part, query_end : query_end + turns] = mask[part]
+            buffer[part, query_end + turns : mask_end] = 0
+
+        in_parts(write, rows, flat.nbytes)
+
+    def unpack(self, packed: Float[Array, "B width"]) -> Unpacked:
         """Context, query and mask inside the program."""
         context_end, query_end, mask_end = self.ends
-        context = _read(packed[:, :context_end], self.round_context)
-        query = _read(packed[:, context_end:query_end], self.round_query)
+        context, query = packed[:, :context_end], packed[:, context_end:query_end]
         mask = packed[:, query_end:mask_end] != 0
         return context.reshape(self.batch, self.turns, self.dim), query, mask
-
-
-def _write(into: np.ndarray, values: Vectors, rounded: bool) -> None:
-    """Values `[rows, n]` into the first columns of their part of a buffer."""
-    if into.dtype == np.float32:
-        into[:, : values.shape[1]] = values
-        return
-    part = into.view(jnp.bfloat16 if rounded else np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # the program refuses what does not fit
-        part[:, : values.shape[1]] = values
-
-
-def _read(part: Array, rounded: bool) -> Float[Array, "B n"]:
-    if part.dtype == jnp.float32:
-        return part
-    if rounded:
-        return jax.lax.bitcast_convert_type(part, jnp.bfloat16).astype(jnp.float32)
-    halves = part.reshape(part.shape[0], part.shape[1] // 2, 2)
-    whole: Array = jax.lax.bitcast_convert_type(halves, jnp.float32)
-    return whole
 
 
 def valid_input(
@@ -129,7 +93,9 @@ def with_state(answer: Float[Array, "B E"], sound: Bool[Array, " B"]) -> Float[A
     """The answer with one column more, which says whether it and its input are sound."""
     unit = jnp.abs(jnp.sum(answer * answer, axis=-1) - 1) <= OFF_UNIT  # False for NaN
     state = jnp.where(sound, jnp.where(unit, SOUND, BAD_ANSWER), BAD_INPUT)
-    return jnp.concatenate([answer, state[:, None]], axis=1)
+    width = answer.shape[1]
+    last = jnp.arange(width + 1) == width  # XLA for GPUs fails to fuse a concatenation with what is before it
+    return jnp.where(last, state[:, None], jnp.pad(answer, ((0, 0), (0, 1))))
 
 
 class Flat(NamedTuple):
@@ -142,6 +108,12 @@ class Flat(NamedTuple):
 
     arguments: tuple[Array, ...]
     restore: Callable[..., Any]
+
+    @property
+    def device(self) -> jax.Device:
+        """Where they are."""
+        device: jax.Device = next(iter(self.arguments[0].devices()))
+        return device
 
 
 def flat(tree: Any) -> Flat:

@@ -6,13 +6,14 @@ measured, not assumed; and so is how float32 matrices should lie in memory.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from prime_jax.devices import on_gpu
 from prime_jax.errors import PredictorError
 from prime_jax.predict.forward import Attention
 from prime_jax.predict.weights import DType
@@ -63,15 +64,24 @@ EXACT = Recipe("float32", "float32")
 Run = Callable[[], jax.Array]
 
 
-def half_recipes() -> tuple[Recipe, ...]:
-    """The ways of computing in bfloat16 that may pay on this kind of device.
+def half_recipe() -> Recipe:
+    """How to compute in bfloat16 on this kind of device.
 
     On CPUs attention stays float32: its products are small, and XLA's bfloat16 ones of that size are slow
-    there.
+    there. On GPUs it is bfloat16 and ours: cuDNN's fused kernel takes a quarter longer for a dozen tokens.
     """
     if jax.default_backend() == "cpu":
-        return (Recipe("bfloat16", "float32", outputs_first=True),)
-    return (Recipe("bfloat16", "bfloat16"), Recipe("bfloat16", "cudnn"))
+        return Recipe("bfloat16", "float32", outputs_first=True)
+    return Recipe("bfloat16", "bfloat16")
+
+
+def measured_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The batch sizes for which the ways of computing are timed before others are.
+
+    The smallest batch waits for its weights, the largest for its products. On a GPU bfloat16 gains more in a
+    large batch than in a small one, so that the smallest one says it all, and programs take long to compile.
+    """
+    return (sizes[0],) if on_gpu() else tuple(dict.fromkeys((sizes[0], sizes[-1])))
 
 
 def check_known(precision: str) -> None:
@@ -88,8 +98,8 @@ def unmeasured(precision: Precision, parameters: int, exact: Recipe = EXACT) -> 
     """The choice where nothing has to be measured; None where something has to."""
     if precision == "float32":
         return Choice(exact, "set by hand")
-    if precision == "bfloat16" and len(half_recipes()) == 1:
-        return Choice(half_recipes()[0], "set by hand")
+    if precision == "bfloat16":
+        return Choice(half_recipe(), "set by hand")
     if precision == "auto" and parameters < MEASURED_FROM:
         return Choice(exact, f"under {MEASURED_FROM:,} parameters float32 is fast enough")
     return None
@@ -112,56 +122,49 @@ def choose(
     check_known(precision)
     if known := unmeasured(precision, parameters, exact):
         return known
-    runs = {exact: prepare(exact)}
-    answer = np.asarray(runs[exact]())
-    refused = []
-    for recipe in half_recipes():
-        try:
-            run = prepare(recipe)
-            cosine = float((np.asarray(run()) * answer).sum(axis=-1).min())
-        except (
-            Exception
-        ) as unavailable:  # a kernel that this device or shape does not have; XLA raises many kinds
-            refused.append(f"{_name(recipe)} is not available ({type(unavailable).__name__})")
-            continue
-        if not cosine >= AGREES:
-            refused.append(f"{_name(recipe)} strays (cosine {cosine:.4f})")
-            continue
-        runs[recipe] = run
-    return _fastest(timed(runs, exact), exact, refused, by_hand=precision == "bfloat16")
+    run, half = prepare(exact), half_recipe()
+    answer = np.asarray(run())
+    try:
+        half_run = prepare(half)
+        cosine = float((np.asarray(half_run()) * answer).sum(axis=-1).min())
+    except Exception as unavailable:  # a kernel that this device or shape does not have; many kinds of error
+        return Choice(exact, f"{half.dtype} is not available ({type(unavailable).__name__})")
+    if not cosine >= AGREES:
+        return Choice(exact, f"{half.dtype} strays (cosine {cosine:.4f})")
+    seconds, half_seconds = timed(run, half_run)
+    why = f"measured: {exact.dtype} {1000 * seconds:.1f} ms, {half.dtype} {1000 * half_seconds:.1f} ms"
+    return Choice(half if half_seconds <= WORTH_IT * seconds else exact, why)
 
 
 def choose_all(sizes: Sequence[int], choose_one: Callable[[int], Choice]) -> dict[int, Choice]:
     """Choose for every batch size, measuring no more of them than needed.
 
-    The smallest batch waits for its weights, the largest for its products. Where the same recipe wins at both
-    ends, it is taken in between too; where not, those in between are measured as well.
+    Where the same recipe wins for all `measured_sizes`, it is taken for the others too; where not, those are
+    measured as well.
     """
-    ends = (sizes[0], sizes[-1])
-    chosen = {size: choose_one(size) for size in dict.fromkeys(ends)}
-    for size in sizes[1:-1]:
-        if chosen[ends[0]].recipe == chosen[ends[1]].recipe:
-            chosen[size] = Choice(chosen[ends[0]].recipe, f"as for batches of {ends[0]} and {ends[1]}")
-        else:
-            chosen[size] = choose_one(size)
+    measured = measured_sizes(sizes)
+    chosen = {size: choose_one(size) for size in measured}
+    agreed = len({choice.recipe for choice in chosen.values()}) == 1
+    same = Choice(chosen[sizes[0]].recipe, f"as for batches of {' and '.join(map(str, measured))}")
+    for size in sizes:
+        if size not in chosen:
+            chosen[size] = same if agreed else choose_one(size)
     return dict(sorted(chosen.items()))
 
 
-def timed(runs: Mapping[Recipe, Run], exact: Recipe) -> dict[Recipe, float]:
-    """Seconds of the fastest of several runs of each, in turns, so that a slow moment hits all alike.
+def timed(exact: Run, half: Run) -> tuple[float, float]:
+    """Seconds of the fastest of several runs of each, in turns, so that a slow moment hits both alike.
 
-    Whatever else the machine does can only add to a run, so the fastest one says most. Where the best
-    bfloat16 is close to the limit, more rounds decide.
+    Whatever else the machine does can only add to a run, so the fastest one says most. Where bfloat16 is
+    close to the limit, more rounds decide.
     """
-    fastest = dict.fromkeys(runs, float("inf"))
+    fastest, half_fastest = float("inf"), float("inf")
     for rounds in range(1, _ROUNDS_WHERE_CLOSE + 1):
-        for recipe, run in runs.items():
-            fastest[recipe] = min(fastest[recipe], _seconds(run))
-        half = [seconds for recipe, seconds in fastest.items() if recipe != exact]
-        share = min(half, default=float("inf")) / max(fastest[exact], 1e-9)
+        fastest, half_fastest = min(fastest, _seconds(exact)), min(half_fastest, _seconds(half))
+        share = half_fastest / max(fastest, 1e-9)
         if rounds >= _ROUNDS and abs(share / WORTH_IT - 1) > CLOSE:
             break
-    return fastest
+    return fastest, half_fastest
 
 
 def transposed_pays(rows: Sequence[int], inputs: int, outputs: int) -> bool:
@@ -198,23 +201,6 @@ def _product(x: jax.Array, kernel: jax.Array, outputs_first: bool) -> jax.Array:
         x, kernel, contracted, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
     )
     return multiplied
-
-
-def _fastest(seconds: Mapping[Recipe, float], exact: Recipe, refused: list[str], *, by_hand: bool) -> Choice:
-    """The fastest bfloat16 recipe where it is worth it, or asked for; else float32."""
-    times = [f"{_name(recipe)} {1000 * taken:.1f} ms" for recipe, taken in seconds.items()]
-    half = [recipe for recipe in seconds if recipe != exact]
-    why = "measured: " + ", ".join(times + refused)
-    if not half:
-        return Choice(exact, why)
-    best = min(half, key=lambda recipe: seconds[recipe])
-    if by_hand:
-        return Choice(best, f"set by hand; {why}")
-    return Choice(best if seconds[best] <= WORTH_IT * seconds[exact] else exact, why)
-
-
-def _name(recipe: Recipe) -> str:
-    return recipe.dtype + (" with cuDNN attention" if recipe.attention == "cudnn" else "")
 
 
 def _seconds(run: Run) -> float:

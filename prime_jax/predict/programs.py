@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
+from prime_jax.devices import on_gpu
 from prime_jax.errors import PredictorError
 from prime_jax.models import EmbeddingModel
 from prime_jax.models.prime import PredictorConfig
@@ -25,11 +26,13 @@ from prime_jax.predict.precision import (
     Recipe,
     choose,
     choose_all,
-    half_recipes,
+    half_recipe,
+    measured_sizes,
     transposed_pays,
     unmeasured,
 )
 from prime_jax.predict.remembered import Remembered
+from prime_jax.predict.staging import Buffer, Staging
 from prime_jax.progress import progress
 
 Shape = tuple[int, int]
@@ -43,43 +46,45 @@ class Program:
 
     Args:
         packing: How its requests are packed.
+        staging: How they get to the device.
         run: The compiled function of the packed request and the arguments that hold the weights.
         weights: Those arguments.
     """
 
-    def __init__(self, packing: Packing, run: Callable[..., Any], weights: tuple[jax.Array, ...]):
+    def __init__(
+        self, packing: Packing, staging: Staging, run: Callable[..., Any], weights: tuple[jax.Array, ...]
+    ):
         self.packing = packing
+        self._staging = staging
         self._run = run
         self._weights = weights
-        self._buffers: list[np.ndarray] = []  # not in use; a list's append and pop are atomic
-        self._remote = jax.default_backend() != "cpu"
+        self._buffers: list[Buffer] = []  # not in use; a list's append and pop are atomic
 
     def start(self, context: Vectors, query: Vectors, mask: np.ndarray) -> "Running":
         """Send a request of up to the program's rows and turns to the device, without waiting for it."""
         try:
             buffer = self._buffers.pop()
         except IndexError:
-            buffer = self.packing.buffer()
-        self.packing.pack(buffer, context, query, mask)
-        answer = self._run(buffer, *self._weights)
-        if self._remote:
-            answer.copy_to_host_async()
+            buffer = self._staging.buffer(self.packing.shape)
+        self.packing.pack(buffer.view, context, query, mask)
+        answer = self._run(buffer.argument, *self._weights)
+        self._staging.send_for(answer)
         return Running(answer, len(mask), buffer, self._buffers)
 
     def measured(self, inputs: tuple[Vectors, Vectors, np.ndarray]) -> Callable[[], jax.Array]:
         """A call that runs the program once on the same input."""
-        buffer = self.packing.buffer()
-        self.packing.pack(buffer, *inputs)
-        return lambda: self._run(buffer, *self._weights)
+        buffer = self._staging.buffer(self.packing.shape)
+        self.packing.pack(buffer.view, *inputs)
+        return lambda: self._run(buffer.argument, *self._weights)
 
 
 class Running:
     """A call under way on the device.
 
-    XLA may read the buffer in place, so that is free for other requests once the answer is there.
+    The device reads the buffer in place, so that is free for other requests once the answer is there.
     """
 
-    def __init__(self, answer: jax.Array, rows: int, buffer: np.ndarray, free: list[np.ndarray]):
+    def __init__(self, answer: jax.Array, rows: int, buffer: Buffer, free: list[Buffer]):
         self._answer = answer
         self._rows = rows
         self._buffer = buffer
@@ -266,10 +271,11 @@ class Programs:
         if remembered := self._remembered_choices([size for size in self._sizes if size not in self.choices]):
             self.choices |= remembered
             return
-        ends = dict.fromkeys((self._sizes[0], self._sizes[-1]))
         turns = self._config.max_context_length
-        open_ends = [size for size in ends if size not in self.choices]
-        candidates = [(size, turns, recipe) for size in open_ends for recipe in (exact, *half_recipes())]
+        open_sizes = [size for size in measured_sizes(self._sizes) if size not in self.choices]
+        candidates = [(size, turns, recipe) for size in open_sizes for recipe in (exact, half_recipe())]
+        if on_gpu():  # what will most likely be chosen for the others compiles beside them
+            candidates += [(size, turns, half_recipe()) for size in self._sizes if size not in open_sizes]
         self._compile_all("Choosing the precision", candidates)
 
         def choose_one(size: int) -> Choice:
@@ -316,35 +322,28 @@ class Programs:
         key = (*shape, recipe)
         return _once(self._lock, self._compiled, key, lambda: self._traced(key)()).result()
 
-    def _traced(self, key: Key) -> Callable[[], Program]:
-        """A program ready to be compiled, in any thread."""
+    def _traced(self, key: Key, page_locked: bool | None = None) -> Callable[[], Program]:
+        """A program ready to be compiled, in any thread; `page_locked` as for `Staging`."""
         shape, recipe = key[:2], key[2]
         weights = self.weights(recipe)
-        packing = packing_for(self._config, shape, recipe)
+        packing = Packing(*shape, self._config.input_dim)
+        staging = Staging(weights.device, page_locked)
         forward = self._forward.program(recipe.attention, recipe.dtype)
 
         def predict(packed: jax.Array, *arguments: jax.Array) -> jax.Array:
-            context, query, mask = packing.unpack(packed)
+            context, query, mask = packing.unpack(staging.fetched(packed))
             answer = forward(weights.restore(*arguments), context, query, mask)
             return with_state(answer, valid_input(context, query, mask))
 
-        run = trace_ahead(predict, packing.shape(), *weights.arguments, mode=self._config.compile_mode)
-        return lambda: Program(packing, run(), weights.arguments)
-
-
-def packing_for(config: Any, shape: Shape, recipe: Recipe) -> Packing:
-    """How requests of one shape are packed: rounded on the host where the program would round them first.
-
-    That saves half of what is copied to a device. On a CPU nothing is copied, and a model that adds its query
-    or its turns to the answer adds them in float32.
-    """
-    rounds = recipe.dtype == "bfloat16" and jax.default_backend() != "cpu" and config.kind == "prime"
-    return Packing(
-        *shape,
-        config.input_dim,
-        round_context=rounds and config.residual in ("none", "query"),
-        round_query=rounds and config.residual == "none",
-    )
+        run = trace_ahead(
+            predict,
+            staging.shape(packing.shape),
+            *weights.arguments,
+            mode=self._config.compile_mode,
+            answers=staging.answers,
+            rows=shape[0] * (shape[1] + 2),  # turns, [PRED] and the query
+        )
+        return lambda: Program(packing, staging, run(), weights.arguments)
 
 
 def _once(lock: threading.Lock, kept: dict[K, "Future[T]"], key: K, make: Callable[[], T]) -> "Future[T]":

@@ -17,7 +17,7 @@ from prime_jax._version import __version__
 from prime_jax.errors import PredictorError
 from prime_jax.files import read_json, write_json
 from prime_jax.models import AnyConfig
-from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, half_recipes
+from prime_jax.predict.precision import EXACT, Choice, Precision, Recipe, half_recipe
 from prime_jax.program_cache import home, usable
 
 FORMAT = 1
@@ -45,7 +45,7 @@ class Remembered:
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "model": json.loads(config.model_dump_json(exclude=_NOT_ITS_SHAPE)),
             "precision": precision,
-            "candidates": [recipe._asdict() for recipe in half_recipes()],
+            "half": half_recipe()._asdict(),
         }
         digest = hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:24]
         folder = home()
@@ -91,6 +91,6 @@ def _choice(entry: dict[str, Any]) -> Choice:
     """
     recipe = Recipe(**{name: entry[name] for name in Recipe._fields})
     exact = (EXACT, EXACT._replace(outputs_first=True))
-    if recipe not in (*exact, *half_recipes()) or not isinstance(entry["why"], str):
+    if recipe not in (*exact, half_recipe()) or not isinstance(entry["why"], str):
         raise ValueError(f"{entry} is no choice")
     return Choice(recipe, entry["why"])

@@ -15,6 +15,7 @@ from prime_jax.predict.forward import Cache, advance, empty_cache
 from prime_jax.predict.packing import Flat, valid_input, with_state
 from prime_jax.predict.precision import Recipe
 from prime_jax.predict.programs import Program as BatchProgram
+from prime_jax.predict.staging import Buffer, Staging
 from prime_jax.progress import progress
 
 FEW_TURNS = (0, 1, 2)
@@ -51,16 +52,20 @@ class SessionPrograms:
         self._weights = weights.arguments
         self.batch = batch
         self._advance: dict[int, Program] = {}
+        self._staging = Staging(weights.device)
+        self._buffers: dict[int, list[Buffer]] = {}
         cache = jax.eval_shape(partial(empty_cache, config, batch))
 
         def traced(new: int) -> Callable[[], None]:
+            staging = self._staging
             compiled = trace_ahead(
-                _advance_packed(config, weights, recipe, new),
+                _advance_packed(config, weights, recipe, new, staging),
                 cache,
-                jax.ShapeDtypeStruct((batch, (new + 1) * config.input_dim + 2), jnp.float32),
+                staging.shape(self._packed(new)),
                 *weights.arguments,
                 mode=config.compile_mode,
                 donate=(0,),
+                answers=(staging.answers, staging.kept),
             )
             return lambda: self._advance.update({new: compiled()})
 
@@ -77,19 +82,30 @@ class SessionPrograms:
 
     def advance(
         self, cache: Cache, turns: np.ndarray, start: np.ndarray, count: np.ndarray, query: np.ndarray
-    ) -> tuple[jax.Array, Cache]:
+    ) -> tuple[np.ndarray, Cache]:
         """Add turns to the conversations and predict (`forward.advance`); `cache` is used up.
 
         Returns:
             Predictions and their state `[B, E + 1]`, and the new cache.
         """
         batch, new, size = turns.shape
-        packed = np.empty((batch, (new + 1) * size + 2), np.float32)
+        free = self._buffers.setdefault(new, [])
+        try:
+            buffer = free.pop()
+        except IndexError:
+            buffer = self._staging.buffer(self._packed(new))
+        packed = buffer.view
         packed[:, : new * size] = turns.reshape(batch, new * size)
         packed[:, new * size : -2] = query
         packed[:, -2], packed[:, -1] = start, count
-        answer, cache = self._advance[new](cache, packed, *self._weights)
-        return answer, cache
+        answer, cache = self._advance[new](cache, buffer.argument, *self._weights)
+        found = np.asarray(answer)
+        free.append(buffer)
+        return found, cache
+
+    def _packed(self, new: int) -> tuple[int, int]:
+        """Shape of what is sent: new turns, query and two counts."""
+        return self.batch, (new + 1) * self.config.input_dim + 2
 
 
 class WindowPrograms:
@@ -122,11 +138,14 @@ class WindowPrograms:
         return self._program.start(turns, query, mask).result(), None
 
 
-def _advance_packed(config: PredictorConfig, weights: Flat, recipe: Recipe, new: int) -> Program:
+def _advance_packed(
+    config: PredictorConfig, weights: Flat, recipe: Recipe, new: int, staging: Staging
+) -> Program:
     """`forward.advance` on what `SessionPrograms.advance` packs."""
     size = config.input_dim
 
     def packed_advance(cache: Cache, packed: jax.Array, *arguments: jax.Array) -> tuple[jax.Array, Cache]:
+        packed = staging.fetched(packed)
         turns = packed[:, : new * size].reshape(packed.shape[0], new, size)
         query = packed[:, new * size : -2]
         start, count = packed[:, -2].astype(jnp.int32), packed[:, -1].astype(jnp.int32)

@@ -14,7 +14,15 @@ import pytest
 from jax import monitoring
 from jax.experimental.compilation_cache import compilation_cache
 
-from prime_jax.predict.compiled import GPU_OPTIONS, _compile, compile_ahead, compile_all
+from prime_jax.predict.compiled import (
+    GPU_OPTIONS,
+    LIBRARY_PRODUCTS,
+    MANY_ROWS,
+    _compile,
+    compile_ahead,
+    compile_all,
+    trace_ahead,
+)
 from prime_jax.program_cache import FOLDER, cache_folder
 
 HIT = "/jax/compilation_cache/cache_hits"
@@ -188,5 +196,7 @@ def test_options_go_with_our_programs_on_gpus_and_with_nothing_else(monkeypatch:
         gpu.setattr(jax, "default_backend", lambda: "gpu")
         assert compiled(1.125, "reduce-overhead") == 1.125
         assert compiled(1.375, "default") == 1.375
-    assert seen == [{}, dict(GPU_OPTIONS), {}]
+        many = trace_ahead(lambda x: x, jnp.ones(3), mode="reduce-overhead", rows=MANY_ROWS)()
+        np.testing.assert_array_equal(many(jnp.ones(3)), np.ones(3))
+    assert seen == [{}, dict(GPU_OPTIONS), {}, {**GPU_OPTIONS, **LIBRARY_PRODUCTS}]
     assert os.environ.get("XLA_FLAGS") == flags

@@ -3,13 +3,14 @@
 import itertools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from predictors import LLAMA, D, N, make, requests
 
 from prime_jax.models.prime import EmbeddingPredictor
+from prime_jax.nn import attention
+from prime_jax.predict import forward as subject
 from prime_jax.predict.forward import advance, affine, empty_cache, forward
 from prime_jax.predict.weights import Affine, lay_out
 
@@ -50,22 +51,20 @@ def test_forward_equals_the_model(fields: dict[str, Any], dtype: Any, tolerance:
     np.testing.assert_allclose(answers, expected(model, *requests(7)), atol=tolerance)
 
 
-@pytest.mark.parametrize("attention", ["bfloat16", "cudnn"])
-def test_the_gpus_ways_of_attention(attention: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """cuDNN itself is not here; the same call computed by XLA shows that mask, scale and layout are right."""
-    fused = jax.nn.dot_product_attention
-
-    def by_xla(*arrays: Any, implementation: str, **options: Any) -> Any:
-        assert implementation == "cudnn"
-        assert all(array.dtype == jnp.bfloat16 for array in arrays)
-        return fused(*arrays, implementation="xla", **options)
-
-    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
-    model = make(context_attention="causal", residual="none")
+@pytest.mark.parametrize("fields", SHAPES, ids=name)
+@pytest.mark.parametrize("batch", [1, 7])
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_the_gpus_way_equals_the_model(
+    fields: dict[str, Any], batch: int, dtype: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of several rows where one would do, and all heads in one product."""
+    for module in (subject, attention):
+        monkeypatch.setattr(module, "on_gpu", lambda: True)
+    model = make(**fields)
     answers = forward(
-        lay_out(model, "bfloat16"), *map(jnp.asarray, requests(7)), config=model.config, attention=attention
+        lay_out(model, dtype), *map(jnp.asarray, requests(batch)), config=model.config, attention=dtype
     )
-    assert (np.asarray(answers) * expected(model, *requests(7))).sum(axis=-1).min() > 0.999
+    np.testing.assert_allclose(answers, expected(model, *requests(batch)), atol=tolerance)
 
 
 def test_max_delta_holds_in_the_compiled_pass() -> None:

@@ -9,10 +9,9 @@ import pytest
 from predictors import LLAMA, D, N, make, requests
 
 from prime_jax.errors import PredictorError
-from prime_jax.predict import programs
+from prime_jax.predict import staging
 from prime_jax.predict.inputs import Request, check_values
 from prime_jax.predict.packing import (
-    ALIGNED,
     BAD_ANSWER,
     BAD_INPUT,
     SOUND,
@@ -21,73 +20,29 @@ from prime_jax.predict.packing import (
     valid_input,
     with_state,
 )
-from prime_jax.predict.predictor import Predictor
 from prime_jax.predict.weights import lay_out
 
-WAYS = [(False, False), (True, False), (False, True), (True, True)]
 
-
-@pytest.mark.parametrize("ways", WAYS)
-def test_what_is_packed_is_unpacked(ways: tuple[bool, bool]) -> None:
-    """Fewer rows and turns than the buffer has; one part or both rounded as JAX itself rounds."""
+def test_what_is_packed_is_unpacked() -> None:
+    """Fewer rows and turns than the buffer has, where an earlier request has left something."""
     context, query, mask = requests(3)
-    packing = Packing(5, N + 2, D, *ways)
-    buffer = packing.buffer()
-    buffer[:] = 0xFF  # as an earlier request may have left it
+    packing = Packing(5, N + 2, D)
+    buffer = np.full(packing.shape, np.nan, np.float32)
     packing.pack(buffer, context, query, mask)
     unpacked = jax.jit(packing.unpack)(buffer)
-    for part, sent, rounded in zip(unpacked, (context, query), ways, strict=False):
-        expected = jnp.asarray(sent).astype(jnp.bfloat16).astype(jnp.float32) if rounded else sent
-        np.testing.assert_array_equal(np.asarray(part)[tuple(map(slice, sent.shape))], expected)
+    for part, sent in zip(unpacked, (context, query, mask), strict=True):
+        np.testing.assert_array_equal(np.asarray(part)[tuple(map(slice, sent.shape))], sent)
     assert not np.asarray(unpacked[2])[:3, N:].any()
-    np.testing.assert_array_equal(np.asarray(unpacked[2])[:3, :N], mask)
 
 
-def test_rounding_on_the_host_is_rounding_on_the_device() -> None:
-    """Every kind of tie, sign and size, and numbers too large for bfloat16."""
-    bits = np.random.default_rng(0).integers(0, 2**32, 20_000, dtype=np.uint32)
-    bits[:4_000] = (bits[:4_000] & 0xFFFF0000) | 0x8000  # half-way between two
-    values = bits.view(np.float32)
-    values = values[np.isfinite(values) & (np.abs(values) > 1e-30)]
-    values = values[: len(values) // 8 * 8].reshape(-1, 1, 8)
-    packing = Packing(len(values), 1, 8, round_context=True, round_query=True)
-    buffer = packing.buffer()
-    packing.pack(buffer, values, values[:, 0], np.ones(values.shape[:2], bool))
-    context, query, _ = jax.jit(packing.unpack)(buffer)
-    expected = np.asarray(jnp.asarray(values).astype(jnp.bfloat16).astype(jnp.float32))
-    np.testing.assert_array_equal(context, expected)
-    np.testing.assert_array_equal(query, expected[:, 0])
-
-
-@pytest.mark.parametrize(
-    ("residual", "ways"), [("none", (True, True)), ("query", (True, False)), ("copy", (False, False))]
-)
-def test_a_program_that_rounds_its_inputs_answers_the_same_to_the_bit(
-    residual: str, ways: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As on a GPU, where half of the bytes are copied."""
-    model = make(residual=residual, use_torch_compile=False)
+def test_a_large_request_is_packed_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     context, query, mask = requests(7)
-    expected = Predictor.from_model(model, precision="bfloat16").predict(context, query, mask)
-
-    def as_on_a_gpu(config: Any, shape: Any, recipe: Any) -> Packing:
-        with monkeypatch.context() as elsewhere:
-            elsewhere.setattr(jax, "default_backend", lambda: "gpu")
-            packing = packing_for(config, shape, recipe)
-        assert packing[3:] == ways
-        return packing
-
-    packing_for = programs.packing_for
-    monkeypatch.setattr(programs, "packing_for", as_on_a_gpu)
-    rounded = Predictor.from_model(model, precision="bfloat16")
-    np.testing.assert_array_equal(rounded.predict(context, query, mask), expected)
-
-
-def test_buffers_can_be_read_in_place() -> None:
-    for ways in WAYS:
-        buffer = Packing(3, N, D, *ways).buffer()
-        assert buffer.ctypes.data % ALIGNED == 0
-        assert buffer.flags.c_contiguous
+    packing = Packing(7, N, D)
+    whole, parts = np.zeros(packing.shape, np.float32), np.zeros(packing.shape, np.float32)
+    packing.pack(whole, context, query, mask)
+    monkeypatch.setattr(staging, "IN_PARTS_FROM", 1)
+    packing.pack(parts, context, query, mask)
+    np.testing.assert_array_equal(parts, whole)
 
 
 BAD = [

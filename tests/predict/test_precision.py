@@ -90,36 +90,18 @@ def test_an_unknown_precision_is_named() -> None:
         choose("float16", LARGE, never)  # type: ignore[arg-type]
 
 
-def test_by_hand_the_best_of_several_bfloat16_recipes_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where cuDNN's attention may or may not pay; slower than float32, it is still taken."""
-    fused = Recipe("bfloat16", "cudnn")
-    monkeypatch.setattr(subject, "half_recipes", lambda: (HALF, fused))
-
-    def prepare(recipe: Recipe) -> Any:
-        return Run({EXACT: 0.001, HALF: 0.05, fused: 0.02}[recipe], [1.0, 0.0])
-
-    choice = choose("bfloat16", LARGE, prepare)
-    assert choice.recipe == fused
-    assert choice.why == (
-        "set by hand; measured: float32 1.0 ms, bfloat16 50.0 ms, bfloat16 with cuDNN attention 20.0 ms"
-    )
-    assert choose("auto", LARGE, prepare).recipe == EXACT
-
-
 def test_a_slow_moment_decides_nothing() -> None:
     """Runs take turns and the fastest of each counts: here float32 is undisturbed once in five runs."""
-    exact, half = Run([0.09, 0.09, 0.05, 0.09, 0.09], [1.0]), Run([0.02] * 5, [1.0])
-    assert timed({EXACT: exact, HALF: half}, EXACT) == {EXACT: 0.05, HALF: 0.02}
+    assert timed(Run([0.09, 0.09, 0.05, 0.09, 0.09], [1.0]), Run([0.02] * 5, [1.0])) == (0.05, 0.02)
 
 
 def test_where_it_is_close_more_runs_decide() -> None:
     """After five rounds bfloat16 needs 0.84 of the time, near the limit of 0.8; in the ninth half."""
-    exact = Run([0.1] * 20, [1.0])
     half = Run([0.084] * 8 + [0.05] * 12, [1.0])
-    assert timed({EXACT: exact, HALF: half}, EXACT) == {EXACT: 0.1, HALF: 0.05}
+    assert timed(Run([0.1] * 20, [1.0]), half) == (0.1, 0.05)
     assert len(list(half.times)) == 20 - 9
     clear = Run([0.05] * 20, [1.0])
-    timed({EXACT: Run([0.1] * 20, [1.0]), HALF: clear}, EXACT)
+    timed(Run([0.1] * 20, [1.0]), clear)
     assert len(list(clear.times)) == 20 - 5
 
 
@@ -142,6 +124,14 @@ def test_sizes_in_between_are_measured_only_where_the_ends_differ(
     assert {size: chosen[size].recipe for size in winners} == winners
     if len(measured) == 2:
         assert chosen[8] == Choice(HALF, "as for batches of 1 and 32")
+
+
+def test_on_a_gpu_the_smallest_size_says_it_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "on_gpu", lambda: True)
+    asked: list[int] = []
+    chosen = choose_all((1, 8, 32), lambda size: (asked.append(size), Choice(HALF, "measured"))[1])
+    assert asked == [1]
+    assert chosen[32] == Choice(HALF, "as for batches of 1")
 
 
 def test_one_size_is_measured_once() -> None:
