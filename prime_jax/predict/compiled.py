@@ -27,9 +27,12 @@ go with our own programs only; XLA_FLAGS and the programs of others stay as they
 """
 MANY_ROWS = 1024
 LIBRARY_PRODUCTS: Mapping[str, Any] = {"xla_gpu_enable_triton_gemm": False}
-"""Added on GPUs for products of at least `MANY_ROWS` rows: cuBLAS is at its best there, and XLA need not compile
-and time a hundred kernels of its own for each product. An H200 computes a batch of 256 as fast so, and its
-program is there in two thirds of the time; a batch of one takes a third longer."""
+"""Added on GPUs for products of at least `MANY_ROWS` rows, which cuBLAS computes.
+
+It is at its best there, and XLA need not compile and time a hundred kernels of its own for each product. An
+H200 computes a batch of 256 as fast so, and its program is there in two thirds of the time; a batch of one
+would take a third longer.
+"""
 OPTIONAL = (*GPU_OPTIONS, *LIBRARY_PRODUCTS)
 _LOG = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def trace_ahead(
     lowered = jax.jit(function, donate_argnums=donate, out_shardings=answers).lower(*arguments)
     options = dict(COMPILER_OPTIONS[mode])
     if mode != "default" and jax.default_backend() == "gpu":
-        options |= GPU_OPTIONS | (LIBRARY_PRODUCTS if rows >= MANY_ROWS else {})
+        options |= {**GPU_OPTIONS, **(LIBRARY_PRODUCTS if rows >= MANY_ROWS else {})}
 
     def finish() -> Callable[..., Any]:
         with caching_in(cache_folder()):

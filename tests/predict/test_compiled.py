@@ -197,6 +197,6 @@ def test_options_go_with_our_programs_on_gpus_and_with_nothing_else(monkeypatch:
         assert compiled(1.125, "reduce-overhead") == 1.125
         assert compiled(1.375, "default") == 1.375
         many = trace_ahead(lambda x: x, jnp.ones(3), mode="reduce-overhead", rows=MANY_ROWS)()
-        np.testing.assert_array_equal(many(jnp.ones(3)), np.ones(3))
+        assert many(jnp.ones(3)).tolist() == [1.0, 1.0, 1.0]
     assert seen == [{}, dict(GPU_OPTIONS), {}, {**GPU_OPTIONS, **LIBRARY_PRODUCTS}]
     assert os.environ.get("XLA_FLAGS") == flags
