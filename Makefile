@@ -22,7 +22,7 @@ STAMP_DEV  := .venv/.installed-dev
 EXTRAS_RUN := onnx,text,plots$(if $(filter-out 0,$(TORCH)),$(comma)torch)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart general setup test consumers lint types wheel lock clean
+.PHONY: help quickstart general setup test consumers programs lint types wheel lock clean
 
 help:  ## List these commands
 	@grep -E '^[a-z]+:.*  ## ' Makefile | sed -E 's/^([a-z]+):.*  ## /\1|/' \
@@ -93,6 +93,17 @@ test: $(STAMP_DEV)  ## Run the tests with coverage (at least 85%)
 	! .venv-consumers/bin/python -c 'import jax' 2>/dev/null
 	@touch $@
 
+# XLA's compiler for GPUs, which needs none. In .venv itself every process would look for a GPU.
+.gpu-compiler/.installed: constraints.txt | $(STAMP_DEV)
+	@echo "Install the compiler for GPUs into .gpu-compiler (150 MB, a minute the first time)"
+	rm -rf .gpu-compiler
+	$(PY) -m pip install --quiet -c constraints.txt --no-deps --target .gpu-compiler jax-cuda13-plugin jax-cuda13-pjrt
+	@touch $@
+
+programs: $(STAMP_DEV) .gpu-compiler/.installed  ## Check that every program compiles for a GPU; none is needed
+	PRIME_JAX_GPU_COMPILER=$(CURDIR)/.gpu-compiler $(PY) -m pytest tests/train/test_steps_for_gpus.py \
+	  tests/predict/test_programs_for_gpus.py
+
 consumers: $(STAMP_DEV) .venv-consumers/.installed  ## Run what uses an exported bundle in an environment without JAX
 	PRIME_CONSUMER_PYTHON=$(CURDIR)/.venv-consumers/bin/python $(PY) -m pytest -n 2 --dist loadfile \
 	  tests/export/test_mcs_search.py tests/export/test_export_command.py tests/export/test_trained_run.py
@@ -118,5 +129,5 @@ lock: $(STAMP_DEV)  ## Resolve pyproject.toml anew into uv.lock and constraints.
 	mv constraints.txt.new constraints.txt
 
 clean:  ## Remove builds, caches and .venv; runs/ stays
-	rm -rf .venv .venv-consumers dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-consumers .gpu-compiler dist build .coverage .coverage.* .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -83,6 +83,8 @@ def frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> Flo
 
 def rotate(x: Float[Array, "B S heads head_dim"], rotation: Rotation) -> Float[Array, "B S heads head_dim"]:
     """Turn dimension i of every head together with dimension i + head_dim / 2, as Llama pairs them."""
-    cos, sin = rotation.cos[:, :, None], rotation.sin[:, :, None]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    cos, sin = (part[:, :, None, None] for part in rotation)
+    halves = x.reshape(*x.shape[:-1], 2, -1)
+    partners = halves[..., ::-1, :] * jnp.array([[-1.0], [1.0]])
+    turned: Array = halves * cos + partners * sin
+    return turned.reshape(x.shape)

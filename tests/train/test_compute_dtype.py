@@ -1,6 +1,7 @@
 """A bfloat16 training step computes in bfloat16: its products, its gradients, and what it keeps between."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,15 @@ def lowered(
     objective: AnyObjective | None = None,
     plan: StepPlan | None = None,
     corpus: Any = None,
+    placed: Callable[[Any], Any] = lambda shapes: shapes,
     **state: Any,
 ) -> Any:
-    """The program of a step, not compiled."""
+    """The program of a step, not compiled; `placed` may say where its arguments are."""
     objective = objective or Objective()
     shape = jax.eval_shape(lambda: init_state(config, SGD, 0, objective, **state))
     step = make_train_step(build_graph(config, dtype), SGD, objective, plan or StepPlan(10))
-    return step.trace(shape, jax.tree.map(jnp.asarray, rows), corpus).lower(lowering_platforms=("cuda",))
+    arguments = placed((shape, jax.tree.map(jnp.asarray, rows), corpus))
+    return step.trace(*arguments).lower(lowering_platforms=("cuda",))
 
 
 def jasper_objective() -> JasperObjective:
