@@ -22,6 +22,7 @@ PARTS = {path.relative_to(ROOT).parts[0].removesuffix(".py") for path in FILES}
 # Lowest first. A part imports from the rows below it and from its neighbours, neighbours never in a circle.
 ROWS = [
     {
+        "devices",
         "errors",
         "frozen",
         "types",
