@@ -65,8 +65,9 @@ def _heads_joined(queries: Array, keys: Array, dtype: DTypeLike) -> bool:
     So many more products for a few tokens, but each batch row is one product of matrices that lie in memory
     as they are. A GPU would turn and copy queries, keys and values otherwise, which takes longer.
     """
-    few = keys.shape[1] * keys.shape[2] <= JOINED_UP_TO
-    return on_gpu() and few and queries.shape[1] > 1 and jnp.dtype(dtype) != jnp.float32
+    if not on_gpu() or jnp.dtype(dtype) == jnp.float32 or not isinstance(keys.shape[1], int):
+        return False  # numbers of tokens are symbols while a model is exported
+    return queries.shape[1] > 1 and keys.shape[1] * keys.shape[2] <= JOINED_UP_TO
 
 
 def _logits_joined(queries: Array, keys: Array, dtype: DTypeLike) -> Float[Array, "B heads R S"]:
