@@ -189,13 +189,18 @@ def as_requests(context: Contexts, query: Queries, most: int) -> tuple[list[list
         PredictorError: If the numbers do not fit, an entry is no text, or a request has too many turns.
     """
     single = isinstance(query, str)
+    for name, value in (("context", context), ("query", query)):
+        if not isinstance(value, Iterable):
+            raise PredictorError(f"{name} is a {type(value).__name__}, neither a text nor a list")
     queries: list[Any] = [query] if single else list(query)
     contexts: list[Any] = [context] if single else list(context)
     if len(queries) != len(contexts):
         raise PredictorError(f"{len(contexts)} contexts do not go with {len(queries)} queries")
     for number, (turns, asked) in enumerate(zip(contexts, queries, strict=True)):
         where = "" if single else f" of request {number}"
-        if isinstance(turns, str) or not all(isinstance(turn, str) for turn in turns):
+        if isinstance(turns, Iterable) and not isinstance(turns, str):
+            turns = contexts[number] = list(turns)  # a generator can be read but once
+        if not isinstance(turns, list) or not all(isinstance(turn, str) for turn in turns):
             raise PredictorError(f"context{where} is not a list of texts, oldest first")
         if not isinstance(asked, str):
             raise PredictorError(f"query{where} is a {type(asked).__name__}, not a text")
@@ -205,7 +210,7 @@ def as_requests(context: Contexts, query: Queries, most: int) -> tuple[list[list
             raise PredictorError(
                 f"context{where} has {len(turns)} turns, the model takes at most {most}; pass the newest ones"
             )
-    return [list(turns) for turns in contexts], queries, single
+    return contexts, queries, single
 
 
 class TextPath:

@@ -76,6 +76,9 @@ def test_an_encoder_that_is_not_ours(encoder: BertTextEncoder) -> None:
     ("context", "query", "message"),
     [
         ("a turn", "a query", "context is not a list of texts"),
+        (None, "a query", "context is a NoneType, neither a text nor a list"),
+        ([], None, "query is a NoneType, neither a text nor a list"),
+        ([None], ["q"], "context of request 0 is not a list of texts"),
         (["a", 3], "a query", "context is not a list of texts"),
         ([["a"], "b"], ["q", "q"], "context of request 1 is not a list of texts"),
         ([["a"]], ["q", "q"], "1 contexts do not go with 2 queries"),
