@@ -101,8 +101,8 @@ def _predict(precision: Any, folder: Path, batches: tuple[int, ...], wait: Wait)
 def bare_call(predictor: Any, inputs: tuple[np.ndarray, np.ndarray]) -> Callable[[], Any]:
     """A call of the predictor's own program for such a batch, its packed input on the device already.
 
-    On a GPU the program fetches its input and delivers its answer itself, so there it is compiled once more
-    without that.
+    On a GPU the program fetches its input and delivers its answer itself, so it is compiled once more without
+    that.
 
     Args:
         predictor: A `Predictor`.

@@ -81,13 +81,21 @@ def _logits_joined(queries: Array, keys: Array, dtype: DTypeLike) -> Float[Array
 
 
 def _mixed_joined(weights: Array, values: Array, dtype: DTypeLike) -> Float[Array, "B R heads head_dim"]:
-    """`_mixed` by one product with weights `[B, R heads, S heads]` that are zero between heads."""
+    """`_mixed` by one product with weights `[B, R heads, S heads]` that are zero between heads.
+
+    The backward pass makes these anew: kept, they would take as many times more memory as there are heads.
+    """
     batch, heads, rows, tokens = weights.shape
-    own = jnp.eye(heads, dtype=bool)[:, None]
-    every = jnp.where(own, weights.transpose(0, 2, 1, 3)[..., None], 0)
-    every = every.reshape(batch, rows * heads, tokens * heads)
-    answered = values.reshape(batch, tokens * heads, -1)
-    mixed = einsum_accumulate_f32("bij,bjm->bim", every, answered, dtype, dtype)
+
+    @jax.checkpoint
+    def product(weights: Array, values: Array) -> Array:
+        own = jnp.eye(heads, dtype=bool)[:, None]
+        every = jnp.where(own, weights.transpose(0, 2, 1, 3)[..., None], 0)
+        every = every.reshape(batch, rows * heads, tokens * heads)
+        answered = values.reshape(batch, tokens * heads, -1)
+        return einsum_accumulate_f32("bij,bjm->bim", every, answered, dtype, dtype)
+
+    mixed: Array = product(weights, values)
     return mixed.reshape(batch, rows, heads, -1)
 
 

@@ -35,7 +35,8 @@ def keeping_inputs(
         cheap: The function; float32 out.
         dtype: Compute dtype of the model.
         rounded: Give the result in `dtype`, for a product that would round it first thing. Its gradient is
-            then handed on as the product's backward pass stores it, and not written again in float32.
+            then handed on as the product's backward pass stores it, and not written again in float32; where
+            several products read it, their gradients are summed in `dtype`.
     """
     if jnp.dtype(dtype) == jnp.float32:
         return cheap

@@ -6,7 +6,7 @@ input and itself are sound, so that nobody has to look at the numbers on the hos
 short parameters (biases, norms) go to the program as one vector: every argument costs a microsecond or two.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -110,10 +110,9 @@ class Flat(NamedTuple):
     restore: Callable[..., Any]
 
     @property
-    def device(self) -> jax.Device:
-        """Where they are."""
-        device: jax.Device = next(iter(self.arguments[0].devices()))
-        return device
+    def device(self) -> jax.Device | None:
+        """The one device that holds all of them; None where there are several."""
+        return _only_device(self.arguments)
 
 
 def flat(tree: Any) -> Flat:
@@ -122,8 +121,9 @@ def flat(tree: Any) -> Flat:
     short = [leaf.ndim <= 1 and leaf.dtype == jnp.float32 for leaf in leaves]
     shapes = [leaf.shape for leaf in leaves]
     host = [np.asarray(leaf).reshape(-1) for leaf, joins in zip(leaves, short, strict=True) if joins]
-    vector = jnp.asarray(np.concatenate([*host, np.zeros(1, np.float32)]))  # never empty
     others = [leaf for leaf, joins in zip(leaves, short, strict=True) if not joins]
+    with jax.default_device(_only_device(others)):  # beside the matrices
+        vector = jnp.asarray(np.concatenate([*host, np.zeros(1, np.float32)]))  # never empty
 
     def restore(vector: Array, *others: Array) -> Any:
         remaining, found, start = iter(others), [], 0
@@ -137,3 +137,8 @@ def flat(tree: Any) -> Flat:
         return jax.tree.unflatten(structure, found)
 
     return Flat((vector, *others), restore)
+
+
+def _only_device(arrays: Iterable[Array]) -> jax.Device | None:
+    devices: set[jax.Device] = {device for array in arrays for device in array.devices()}
+    return devices.pop() if len(devices) == 1 else None

@@ -79,7 +79,8 @@ def measured_sizes(sizes: Sequence[int]) -> tuple[int, ...]:
     """The batch sizes for which the ways of computing are timed before others are.
 
     The smallest batch waits for its weights, the largest for its products. On a GPU bfloat16 gains more in a
-    large batch than in a small one, so that the smallest one says it all, and programs take long to compile.
+    large batch than in a small one, so that it wins for all where it wins for the smallest; and programs take
+    long to compile.
     """
     return (sizes[0],) if on_gpu() else tuple(dict.fromkeys((sizes[0], sizes[-1])))
 
@@ -140,11 +141,12 @@ def choose_all(sizes: Sequence[int], choose_one: Callable[[int], Choice]) -> dic
     """Choose for every batch size, measuring no more of them than needed.
 
     Where the same recipe wins for all `measured_sizes`, it is taken for the others too; where not, those are
-    measured as well.
+    measured as well. That float32 wins for the smallest batch alone says nothing of the others.
     """
     measured = measured_sizes(sizes)
     chosen = {size: choose_one(size) for size in measured}
     agreed = len({choice.recipe for choice in chosen.values()}) == 1
+    agreed &= len(measured) > 1 or chosen[sizes[0]].recipe.dtype == "bfloat16"
     same = Choice(chosen[sizes[0]].recipe, f"as for batches of {' and '.join(map(str, measured))}")
     for size in sizes:
         if size not in chosen:

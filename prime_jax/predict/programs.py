@@ -87,7 +87,7 @@ class Running:
     def __init__(self, answer: jax.Array, rows: int, buffer: Buffer, free: list[Buffer]):
         self._answer = answer
         self._rows = rows
-        self._buffer = buffer
+        self._buffer: Buffer | None = buffer
         self._free = free
 
     def ready(self) -> bool:
@@ -96,9 +96,11 @@ class Running:
         return bool(ready.is_ready())
 
     def result(self) -> np.ndarray:
-        """Wait for predictions and their state, `[rows, E + 1]`, not to be written to. To be called once."""
+        """Wait for predictions and their state, `[rows, E + 1]`, not to be written to."""
         answer = np.asarray(self._answer)
-        self._free.append(self._buffer)
+        buffer, self._buffer = self._buffer, None
+        if buffer is not None:
+            self._free.append(buffer)
         return answer[: self._rows]
 
 
@@ -274,8 +276,9 @@ class Programs:
         turns = self._config.max_context_length
         open_sizes = [size for size in measured_sizes(self._sizes) if size not in self.choices]
         candidates = [(size, turns, recipe) for size in open_sizes for recipe in (exact, half_recipe())]
-        if on_gpu():  # what will most likely be chosen for the others compiles beside them
-            candidates += [(size, turns, half_recipe()) for size in self._sizes if size not in open_sizes]
+        if on_gpu() and open_sizes:  # what will most likely be chosen for the others compiles beside them
+            others = [size for size in self._sizes if size not in (*open_sizes, *self.choices)]
+            candidates += [(size, turns, half_recipe()) for size in others]
         self._compile_all("Choosing the precision", candidates)
 
         def choose_one(size: int) -> Choice:

@@ -66,6 +66,7 @@ class SessionPrograms:
                 mode=config.compile_mode,
                 donate=(0,),
                 answers=(staging.answers, staging.kept),
+                rows=batch * (new + 2),
             )
             return lambda: self._advance.update({new: compiled()})
 

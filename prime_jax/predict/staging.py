@@ -39,33 +39,27 @@ class Staging:
     """How requests and answers travel between the host and one device.
 
     Args:
-        device: Where the programs run.
+        device: Where the programs run; None where that is more than one: JAX sends the requests itself then.
         page_locked: Whether programs read and write memory of the host themselves; None: where that pays.
+
+    Attributes:
+        page_locked: Whether they do.
+        answers: Where a program leaves an answer, for `jax.jit`; None where nothing has to be said.
+        kept: The same of what it goes on with.
     """
 
-    def __init__(self, device: jax.Device, page_locked: bool | None = None):
-        self.page_locked = has_page_locked(device) if page_locked is None else page_locked
-        self._there = jax.sharding.SingleDeviceSharding(device)
-        self._here = (
-            jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
-            if self.page_locked
-            else self._there
-        )
-
-    @property
-    def answers(self) -> jax.sharding.Sharding | None:
-        """Where a program leaves an answer, for `jax.jit`; None where nothing has to be said."""
-        return self._here if self.page_locked else None
-
-    @property
-    def kept(self) -> jax.sharding.Sharding | None:
-        """Where a program leaves what it goes on with, for `jax.jit`."""
-        return self._there if self.page_locked else None
+    def __init__(self, device: jax.Device | None, page_locked: bool | None = None):
+        self.page_locked = False
+        self.answers: jax.sharding.Sharding | None = None
+        self.kept: jax.sharding.Sharding | None = None
+        if device is not None and (has_page_locked(device) if page_locked is None else page_locked):
+            self.page_locked = True
+            self.answers = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host")
+            self.kept = jax.sharding.SingleDeviceSharding(device)
 
     def shape(self, shape: tuple[int, int]) -> jax.ShapeDtypeStruct:
         """The packed request as an argument to compile for; float32."""
-        where = self._here if self.page_locked else None
-        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=where)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=self.answers)
 
     def fetched(self, packed: jax.Array) -> jax.Array:
         """The packed request in the device's memory, inside a program."""
@@ -79,10 +73,11 @@ class Staging:
         if not self.page_locked:
             view = aligned(shape)
             return Buffer(view, view)
-        held = jax.device_put(np.zeros(shape, np.float32), self._here)
+        held = jax.device_put(np.zeros(shape, np.float32), self.answers)
         held.block_until_ready()
         address = held.unsafe_buffer_pointer()  # nobody else has this array, so that writing into it is safe
-        numbers = (ctypes.c_float * held.size).from_address(address)
+        numbers: Any = (ctypes.c_float * held.size).from_address(address)
+        numbers.held = held  # the memory lives as long as anybody can write into it
         return Buffer(np.ctypeslib.as_array(numbers).reshape(shape), held)
 
     def send_for(self, answer: jax.Array) -> None:
@@ -113,9 +108,18 @@ def in_parts(write: Callable[[slice], None], rows: int, size: int) -> None:
         write(slice(0, rows))
         return
     ends = np.linspace(0, rows, threads + 1).astype(int)
-    list(_copying().map(write, (slice(*pair) for pair in pairwise(ends))))
+    try:
+        parts = _copying().map(write, (slice(*pair) for pair in pairwise(ends)))
+    except RuntimeError:  # the interpreter is about to end and starts no work any more
+        write(slice(0, rows))
+        return
+    list(parts)
 
 
 @cache
 def _copying() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(COPYING_THREADS, thread_name_prefix="prime-jax-copy")
+
+
+if hasattr(os, "register_at_fork"):  # a forked process has none of these threads
+    os.register_at_fork(after_in_child=_copying.cache_clear)

@@ -134,6 +134,13 @@ def test_on_a_gpu_the_smallest_size_says_it_all(monkeypatch: pytest.MonkeyPatch)
     assert chosen[32] == Choice(HALF, "as for batches of 1")
 
 
+def test_on_a_gpu_float32_for_the_smallest_size_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subject, "on_gpu", lambda: True)
+    winners = {1: EXACT, 8: HALF, 32: HALF}
+    chosen = choose_all((1, 8, 32), lambda size: Choice(winners[size], "measured"))
+    assert {size: choice.recipe for size, choice in chosen.items()} == winners
+
+
 def test_one_size_is_measured_once() -> None:
     asked: list[int] = []
     choose_all((4,), lambda size: (asked.append(size), Choice(EXACT, ""))[1])

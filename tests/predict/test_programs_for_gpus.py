@@ -77,9 +77,9 @@ def test_other_models_compile(config: Any) -> None:
     assert predicts(config.build(rngs=nnx.Rngs(0)), 4, "float32")
 
 
-@pytest.mark.parametrize("fields", PRIME, ids=names)
-def test_sessions_compile(fields: dict[str, Any]) -> None:
-    model, batch = make(**fields), 8
+@pytest.mark.parametrize(("batch", "fields"), [(8, fields) for fields in PRIME] + [(1, PRIME[0])])
+def test_sessions_compile(batch: int, fields: dict[str, Any]) -> None:
+    model = make(**fields)
     config = model.config
     weights = arguments(model, "bfloat16")
     cache = jax.eval_shape(partial(empty_cache, config, batch))

@@ -1,8 +1,15 @@
 """Requests and answers travel through memory that the device reads and writes itself."""
 
+import gc
+import os
+import signal
+import weakref
+
 import jax
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from predictors import make, requests
 
 from prime_jax.predict import staging
@@ -35,6 +42,52 @@ def test_what_is_written_into_a_page_locked_buffer_is_what_the_program_reads() -
         answer = double(buffer.argument)
         assert answer.sharding.memory_kind == "pinned_host"
         assert (np.asarray(answer) == 2 * value).all()
+
+
+def test_the_memory_lives_as_long_as_anybody_can_write_into_it() -> None:
+    view, argument = Staging(jax.devices()[0], page_locked=True).buffer((3, 7))
+    alive = weakref.ref(argument)
+    del argument
+    gc.collect()
+    assert alive() is not None
+    view[:] = 1.0
+
+
+def test_a_forked_process_writes_large_requests_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has none of the threads that copy; a hang would end it by the alarm."""
+    monkeypatch.setattr(staging, "IN_PARTS_FROM", 1)
+    filled = np.zeros(8)
+
+    def write(part: slice) -> None:
+        filled[part] = 1.0
+
+    staging.in_parts(write, 8, 64)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        filled[:] = 0.0
+        staging.in_parts(write, 8, 64)
+        os._exit(int(not filled.all()))
+    assert os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.usefixtures("page_locked")
+@pytest.mark.parametrize("spread", [False, True])
+def test_weights_may_lie_on_another_device_or_on_several(spread: bool) -> None:
+    """One predictor for each GPU, or what was trained on a mesh."""
+    first, second = jax.devices()[:2]
+    where = (
+        NamedSharding(Mesh(np.array([first, second]), "all"), PartitionSpec())
+        if spread
+        else SingleDeviceSharding(second)
+    )
+    model = make(context_attention="causal")
+    request = requests(3)
+    expected = Predictor.from_model(model, batch_sizes=(4,)).predict(*request)
+    nnx.update(model, jax.device_put(nnx.state(model), where))
+    moved = Predictor.from_model(model, batch_sizes=(4,))
+    np.testing.assert_allclose(moved.predict(*request), expected, atol=1e-6)
+    assert moved.session().predict(request[1][0]).shape == expected[0].shape
 
 
 @pytest.mark.usefixtures("page_locked")
