@@ -174,8 +174,8 @@ def affine(x: Float[Array, "*a I"], weights: Affine) -> Float[Array, "*a O"]:
     """`x @ kernel + bias`, float32 out; every product of a prediction goes through here.
 
     XLA:CPU's bfloat16 kernels take rows by the dozen: 64 rows cost more than 96 do, and one row goes through
-    a slow general path. So rows are padded to two, or to a multiple of twelve. For GPUs XLA makes a sum of the
-    product of one row, which reads the matrix at a quarter of the rate of several rows: it is padded to
+    a slow general path. So rows are padded to two, or to a multiple of twelve. For GPUs XLA makes a sum
+    of one row's product, which reads the matrix at a quarter of the rate of several rows: it is padded to
     `GPU_ROWS`.
     """
     rows = x.reshape(-1, x.shape[-1]).astype(weights.kernel.dtype)
