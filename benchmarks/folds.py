@@ -102,10 +102,9 @@ def pooled(tables: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(ours) < 2:
         return cells
     best = [max(ours, key=lambda method: _on_dev(table["cells"][method])) for table in tables]
-    picked = {
-        seed: together([table["cells"][method][seed] for table, method in zip(tables, best, strict=True)])
-        for seed in cells[ours[0]]
-    }
+    of_fold = [table["cells"][method] for table, method in zip(tables, best, strict=True)]
+    seeds = [seed for seed in of_fold[0] if all(seed in one for one in of_fold)]  # a method may have fewer
+    picked = {seed: together([one[seed] for one in of_fold]) for seed in seeds}
     for cell in picked.values():
         cell["about"] = {"of_fold": best}
     return {**cells, CHOSEN: picked}

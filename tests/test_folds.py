@@ -93,3 +93,20 @@ def test_all_folds_make_one_table_and_the_choice_among_ours_is_a_row(data: Path,
     folds.main(command)  # goes on from what is there
     again = json.loads((tmp_path / "kept" / "fold0.json").read_text())
     assert again["cells"]["small"]["0"]["train_seconds"] == seconds
+
+
+def test_a_method_with_fewer_seeds_is_pooled_with_those_it_has() -> None:
+    """The best of a fold may have been trained with one seed, another with two."""
+
+    def cell(score: float) -> dict[str, Any]:
+        costs = dict.fromkeys(("train_seconds", "ms", "ms_turns_kept", "mb"), 1.0)
+        return {"ours": True, "found": [[1]], "about": {"dev_MRR@10": score}, **costs}
+
+    tables = [
+        {"cells": {"one": {"0": cell(0.5), "1": cell(0.5)}, "other": {"0": cell(best)}}}
+        for best in (0.4, 0.9)
+    ]
+    cells = folds.pooled(tables)
+    assert list(cells["one"]) == ["0", "1"]
+    assert list(cells["other"]) == list(cells[folds.CHOSEN]) == ["0"]
+    assert cells[folds.CHOSEN]["0"]["about"]["of_fold"] == ["one", "other"]
