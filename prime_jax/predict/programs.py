@@ -32,7 +32,7 @@ from prime_jax.predict.precision import (
     unmeasured,
 )
 from prime_jax.predict.remembered import Remembered
-from prime_jax.predict.staging import Buffer, Staging
+from prime_jax.predict.staging import Buffer, Buffers, Staging
 from prime_jax.progress import progress
 
 Shape = tuple[int, int]
@@ -58,14 +58,11 @@ class Program:
         self._staging = staging
         self._run = run
         self._weights = weights
-        self._buffers: list[Buffer] = []  # not in use; a list's append and pop are atomic
+        self._buffers = Buffers(staging, packing.shape)
 
     def start(self, context: Vectors, query: Vectors, mask: np.ndarray) -> "Running":
         """Send a request of up to the program's rows and turns to the device, without waiting for it."""
-        try:
-            buffer = self._buffers.pop()
-        except IndexError:
-            buffer = self._staging.buffer(self.packing.shape)
+        buffer = self._buffers.take()
         self.packing.pack(buffer.view, context, query, mask)
         answer = self._run(buffer.argument, *self._weights)
         self._staging.send_for(answer)
@@ -84,11 +81,11 @@ class Running:
     The device reads the buffer in place, so that is free for other requests once the answer is there.
     """
 
-    def __init__(self, answer: jax.Array, rows: int, buffer: Buffer, free: list[Buffer]):
+    def __init__(self, answer: jax.Array, rows: int, buffer: Buffer, buffers: Buffers):
         self._answer = answer
         self._rows = rows
         self._buffer: Buffer | None = buffer
-        self._free = free
+        self._buffers = buffers
 
     def ready(self) -> bool:
         """Whether the answer is there already."""
@@ -100,7 +97,7 @@ class Running:
         answer = np.asarray(self._answer)
         buffer, self._buffer = self._buffer, None
         if buffer is not None:
-            self._free.append(buffer)
+            self._buffers.give_back(buffer)
         return answer[: self._rows]
 
 

@@ -15,7 +15,7 @@ from prime_jax.predict.forward import Cache, advance, empty_cache
 from prime_jax.predict.packing import Flat, valid_input, with_state
 from prime_jax.predict.precision import Recipe
 from prime_jax.predict.programs import Program as BatchProgram
-from prime_jax.predict.staging import Buffer, Staging
+from prime_jax.predict.staging import Buffers, Staging
 from prime_jax.progress import progress
 
 FEW_TURNS = (0, 1, 2)
@@ -52,12 +52,10 @@ class SessionPrograms:
         self._weights = weights.arguments
         self.batch = batch
         self._advance: dict[int, Program] = {}
-        self._staging = Staging(weights.device)
-        self._buffers: dict[int, list[Buffer]] = {}
+        staging = Staging(weights.device)
         cache = jax.eval_shape(partial(empty_cache, config, batch))
 
         def traced(new: int) -> Callable[[], None]:
-            staging = self._staging
             compiled = trace_ahead(
                 _advance_packed(config, weights, recipe, new, staging),
                 cache,
@@ -71,6 +69,7 @@ class SessionPrograms:
             return lambda: self._advance.update({new: compiled()})
 
         counts = self.turn_counts = new_turn_counts(config)
+        self._buffers = {new: Buffers(staging, self._packed(new)) for new in counts}
         with progress("Compiling the session", len(counts) + 1, "programs") as step:
             self._empty = compile_ahead(partial(empty_cache, config, batch), mode="default")
             step(1)
@@ -90,18 +89,14 @@ class SessionPrograms:
             Predictions and their state `[B, E + 1]`, and the new cache.
         """
         batch, new, size = turns.shape
-        free = self._buffers.setdefault(new, [])
-        try:
-            buffer = free.pop()
-        except IndexError:
-            buffer = self._staging.buffer(self._packed(new))
+        buffer = self._buffers[new].take()
         packed = buffer.view
         packed[:, : new * size] = turns.reshape(batch, new * size)
         packed[:, new * size : -2] = query
         packed[:, -2], packed[:, -1] = start, count
         answer, cache = self._advance[new](cache, buffer.argument, *self._weights)
         found = np.asarray(answer)
-        free.append(buffer)
+        self._buffers[new].give_back(buffer)
         return found, cache
 
     def _packed(self, new: int) -> tuple[int, int]:

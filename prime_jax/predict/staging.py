@@ -86,6 +86,33 @@ class Staging:
             answer.copy_to_host_async()
 
 
+class Buffers:
+    """The buffers of one shape, used again and again. Safe to share between threads.
+
+    A buffer that an error keeps from being given back is not used again.
+
+    Args:
+        staging: Where they are made.
+        shape: Theirs.
+    """
+
+    def __init__(self, staging: Staging, shape: tuple[int, int]):
+        self._staging = staging
+        self._shape = shape
+        self._free: list[Buffer] = []  # a list's append and pop are atomic
+
+    def take(self) -> Buffer:
+        """One that nobody uses, a new one where there is none."""
+        try:
+            return self._free.pop()
+        except IndexError:
+            return self._staging.buffer(self._shape)
+
+    def give_back(self, buffer: Buffer) -> None:
+        """To be called once the device has read it: when the answer is there."""
+        self._free.append(buffer)
+
+
 def has_page_locked(device: jax.Device) -> bool:
     """Whether page-locked memory of the host is worth using, and this version of JAX can."""
     if device.platform != "gpu" or not hasattr(jax, "memory"):
